@@ -1,0 +1,21 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # interrupted on purpose, state saved: requeue me
+
+
+class UserError(Exception):
+    """Bad input or an unfit machine: printed without a traceback, exit code 2.
+
+    Args:
+        found: what was met, with the value.
+        expected: what would have been right.
+        remedy: what to type or change.
+    """
+
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        self.found, self.expected, self.remedy = found, expected, remedy
+        super().__init__(f"found:    {found}\nexpected: {expected}\nremedy:   {remedy}")

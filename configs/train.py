@@ -1,0 +1,76 @@
+"""How a model is trained: lengths, optimizer, schedule, how often to log, evaluate and save."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.base import Strict
+
+
+class AdamWConfig(Strict):
+    """AdamW (arXiv:1711.05101); norms, biases and position tables are not decayed."""
+
+    kind: Literal["adamw"] = "adamw"
+    peak_lr: float = Field(gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+
+
+class CosineSchedule(Strict):
+    """Linear warm-up, then a cosine down to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = Field(ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class InverseSqrtSchedule(Strict):
+    """Linear warm-up, then peak * sqrt(warmup_steps / step)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    warmup_steps: int = Field(ge=1)
+
+
+class WarmupStableDecay(Strict):
+    """Linear warm-up, constant, then linear down to `final_fraction` over the last `decay_steps` (arXiv:2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: int = Field(ge=0)
+    decay_steps: int = Field(ge=0)
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+
+
+ScheduleConfig = Annotated[CosineSchedule | InverseSqrtSchedule | WarmupStableDecay, Field(discriminator="kind")]
+
+
+class TrainConfig(Strict):
+    """One step is one optimizer update over `batch_tokens` tokens, all ranks together."""
+
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(ge=2)  # S, tokens
+    batch_tokens: int = Field(ge=1)
+    micro_batch_sequences: int = Field(ge=1)  # sequences a rank holds in flight at a time
+    optimizer: AdamWConfig
+    schedule: ScheduleConfig
+    clip_norm: float | None = Field(default=1.0, gt=0)  # of the global gradient, experts included; null: no clipping
+    precision: Literal["float32", "bf16"] = "bf16"  # bf16 keeps float32 masters, accumulation and reduction
+    recompute: bool = False  # rebuild each block's activations in the backward pass
+    log_every_steps: int = Field(default=10, ge=1)
+    eval_every_steps: int = Field(default=1000, ge=1)
+    eval_sequences: int = Field(default=256, ge=1)  # of the held-out data, all ranks together
+    save_every_steps: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    stop_after_steps: int | None = Field(default=None, ge=1)  # save and leave with exit code 3 after so many this time
+    seed: int = 0
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.batch_tokens // self.sequence_length
+
+    def num_micro_batches(self, data_degree: int) -> int:
+        """Micro-batches each data-parallel rank runs per step."""
+        return self.batch_sequences // (data_degree * self.micro_batch_sequences)

@@ -1,0 +1,74 @@
+"""The whole decoder: embedding, blocks, final norm, output weights.
+
+B batch, S sequence, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.model import ModelConfig
+from model.attention import KeyValueCache
+from model.block import Block
+from model.loss import language_model_loss
+from model.norm import RMSNorm
+
+
+class Embedding(nn.Module):
+    """tokens[B, S] -> [B, S, D], times sqrt(D) where the config says so."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.factor = config.width**0.5 if config.scale_embedding else 1.0
+
+    def forward(self, token_BS: Tensor) -> Tensor:
+        return F.embedding(token_BS, self.weight) * self.factor
+
+
+class GLaM(nn.Module):
+    """Decoder-only sparse or dense language model (arXiv:2112.06905, sec. 4).
+
+    Parameters start uninitialised: build on the meta device, cut, then fill with `model.init.initial_value`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.head = None if config.tied_embedding else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.cross_entropies: list[Tensor] = []  # of training passes since they were last taken, in nats
+
+    def layers(self) -> list[nn.Module]:
+        """The model as a chain of one tensor in, one tensor out, for a pipeline; `loss` ends it."""
+        return [self.embed, *self.blocks, self.norm]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]: the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def loss(self, hidden_BSD: Tensor, label_BS: Tensor) -> Tensor:
+        """The objective for the final hidden states: cross-entropy in nats, plus the output z-loss when training."""
+        z_coef = self.config.lm_z_coef if self.training else 0.0
+        loss, cross_entropy = language_model_loss(
+            hidden_BSD.flatten(0, 1), self.output_weight, label_BS.flatten(), z_coef
+        )
+        if self.training:
+            self.cross_entropies.append(cross_entropy)
+        return loss
+
+    def forward(self, token_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Logits [B, S, V]; with `caches` (one a block) the tokens continue what the caches have seen."""
+        x_BSD = self.embed(token_BS)
+        for number, block in enumerate(self.blocks):
+            x_BSD = block(x_BSD, caches[number] if caches else None)
+        return F.linear(self.norm(x_BSD), self.output_weight)
+
+    def moe_blocks(self) -> dict[int, Block]:
+        """Layer number -> block, for the blocks that hold experts."""
+        return {n: block for n, block in enumerate(self.blocks) if isinstance(block, Block) and block.moe is not None}

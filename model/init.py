@@ -1,0 +1,56 @@
+"""Initial weights, drawn from the name of each parameter: the same on any layout of ranks.
+
+Linear weights: normal with sigma = fan_in^-0.5; those that write to the residual stream are divided by sqrt(2L)
+(GPT-2). Router: sigma = sqrt(0.1 / fan_in) (Switch, arXiv:2101.03961, sec. 2.4); Shazeer's start at zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor
+
+from configs.model import ModelConfig, NoisyTopKRouter
+
+ONES, ZEROS = -1.0, 0.0
+
+
+def initial_sigma(name: str, config: ModelConfig) -> float:
+    """Standard deviation for a parameter, or ONES / ZEROS."""
+    if fnmatch(name, "*norm.scale"):
+        return ONES
+    if fnmatch(name, "*.bias.table") or fnmatch(name, "*.router.noise_weight"):
+        return ZEROS
+    if name == "embed.weight":
+        return config.width**-0.5 if config.scale_embedding else 0.02
+    if fnmatch(name, "*.router.weight"):
+        noisy = config.moe is not None and isinstance(config.moe.router, NoisyTopKRouter)
+        return ZEROS if noisy else math.sqrt(0.1 / config.width)
+    residual = 1 / math.sqrt(2 * config.num_layers)
+    if fnmatch(name, "*.attention.out.weight"):
+        return residual / math.sqrt(config.attention.num_heads * config.attention.head_width)
+    if fnmatch(name, "*.ffn.out_proj.weight"):
+        return residual / math.sqrt(config.ffn.width)
+    if fnmatch(name, "*.experts.down") and config.moe is not None:
+        return residual / math.sqrt(config.moe.expert.width)
+    return config.width**-0.5
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, first_row: int = 0) -> Tensor:
+    """Float32 CPU tensor of `shape`. Stacked experts are drawn one by one, from `first_row` on, by global number."""
+    sigma = initial_sigma(name, config)
+    if sigma in (ONES, ZEROS):
+        return torch.full(shape, 1.0 if sigma == ONES else 0.0)
+    if fnmatch(name, "*.experts.*"):
+        rows = [_normal(f"{name}[{first_row + row}]", shape[1:], sigma, seed) for row in range(shape[0])]
+        return torch.stack(rows)
+    return _normal(name, shape, sigma, seed)
+
+
+def _normal(name: str, shape: tuple[int, ...], sigma: float, seed: int) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randn(shape, generator=generator).mul_(sigma)
