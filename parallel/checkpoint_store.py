@@ -24,6 +24,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException as CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -52,13 +55,14 @@ def save(folder: Path, tensors: Tensors, document: dict[str, Any]) -> None:
         folder: an empty or absent folder, seen by all ranks.
         document: what else a resume needs, as JSON values; rank 0's is kept.
     """
-    dcp.save(dict(tensors), storage_writer=_Writer(folder, document), no_dist=not dist.is_initialized())
+    no_dist = not dist.is_initialized()
+    dcp.save(dict(tensors), storage_writer=_Writer(folder, document), planner=_SavePlanner(), no_dist=no_dist)
 
 
 def load(folder: Path, tensors: Tensors) -> None:
     """Fill `tensors` in place from a checkpoint of any layout; all ranks call it together."""
     no_dist = not dist.is_initialized()
-    dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=no_dist)  # type: ignore[arg-type]
+    dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=no_dist)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,35 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
                 f"sha256 {files[name]['sha256'][:12]}...: the file was damaged after it was written",
                 f"move {folder} away to go on from the checkpoint before it, or restore it from a copy",
             )
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Finds the values of a planned box, in our boxes too."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = self.state_dict[index.fqn]
+        return held.values_at(index) if isinstance(held, TensorBoxes) else super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Plans and finds the place for each box, in our boxes too."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, wanted in self.state_dict.items():
+            if wanted is None:  # a name that only other ranks asked for
+                continue
+            if isinstance(wanted, Tensor):
+                chunks = [ChunkStorageMetadata(torch.Size([0] * wanted.ndim), wanted.shape)]
+            else:
+                chunks = wanted.chunks()
+            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], chunks)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        held = self.state_dict[index.fqn]
+        return held.values_at(index) if isinstance(held, TensorBoxes) else super().lookup_tensor(index)
 
 
 class _Writer(StorageWriter):

@@ -28,16 +28,13 @@ class Box:
 
 
 class TensorBoxes:
-    """One rank's boxes of a tensor, in the form torch.distributed.checkpoint asks of a sharded tensor."""
+    """One rank's boxes of a tensor, which torch.distributed.checkpoint plans for as for any sharded tensor."""
 
     def __init__(self, global_shape: tuple[int, ...], boxes: list[Box]) -> None:
         self.global_shape, self.boxes = torch.Size(global_shape), boxes
 
-    def size(self) -> torch.Size:
-        """Shape of the whole tensor (the load planner compares it with the stored one)."""
-        return self.global_shape
-
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        """What the default save planner asks a sharded tensor for."""
         properties = TensorProperties(dtype=self.boxes[0].values.dtype)
         return [
             WriteItem(
@@ -48,10 +45,11 @@ class TensorBoxes:
             for box in self.boxes
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def chunks(self) -> list[ChunkStorageMetadata]:
         return [_chunk(box) for box in self.boxes]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def values_at(self, index: MetadataIndex) -> Tensor:
+        """The values of the box that begins at the offset of `index`."""
         return next(box.values for box in self.boxes if box.offset == tuple(index.offset or ()))
 
 

@@ -1,0 +1,83 @@
+"""Small duties towards a file system: atomic files, checksums, full disks, one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_READ_BYTES = 1 << 20
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished file its name: either the old file or all of the new one is there, also after a power cut."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file under a temporary name, then rename it; a failed write leaves nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a whole file, read in bounded pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk below ``folder`` into a UserError; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"{folder}: {error.strerror}",
+                "room for the shards and as much again while they are made",
+                "free space or raise the quota, or choose another output=PATH; nothing half-made was kept",
+            ) from error
+        if error.errno in _DENIED:
+            remedy = "mend its permissions, or choose another output=PATH"
+            raise UserError(f"{folder}: {error}", "a folder that can be written", remedy) from error
+        raise
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold an advisory lock on an existing folder.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it, or choose another output=PATH"
+            raise UserError(f"{folder} is being written by another process", "one writer at a time", remedy) from None
+        except OSError:
+            pass  # some network file systems lock no folders; then two writers at once go unnoticed
+        yield
+    finally:
+        os.close(handle)

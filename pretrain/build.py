@@ -1,0 +1,163 @@
+"""The only place that constructs. The order of `build` is the order in which a run comes to be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from configs.errors import UserError
+from configs.run import RunConfig
+from model.glam import GLaM
+from model.init import initial_value
+from parallel import groups
+from parallel.engine import Engine
+from parallel.expert import spread_experts
+from parallel.sharding import Placement, cut
+from parallel.topology import Topology
+from pretrain.checkpoint import Checkpoints, complete_checkpoints, read_for_model
+from pretrain.data import HeldOut, Sampler, check_vocabulary
+from pretrain.machine import refuse_if_too_small
+from pretrain.metrics import Metrics
+from pretrain.state import TrainState
+from pretrain.stop_signals import StopRequest
+from slurm.environ import LaunchEnv
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    config: RunConfig
+    engine: Engine
+    sampler: Sampler
+    heldout: HeldOut | None
+    heldout_bytes: int | None
+    checkpoints: Checkpoints
+    state: TrainState
+    resumed_from: Path | None
+    metrics: Metrics | None  # on rank 0
+    stop: StopRequest
+    start_seconds: dict[str, float] = field(default_factory=dict)  # parts of the start, for the log
+
+    def say(self, message: str) -> None:
+        if self.metrics:
+            self.metrics.say(message)
+
+
+class _Clock:
+    """Seconds each part of the start took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._last = now - self._last, now
+
+
+@contextmanager
+def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
+    """Construct a run and take it down again.
+
+    Raises:
+        UserError: anything about configuration, machine, data or checkpoints is unfit; before any process group is
+            made wherever it can be known by then.
+    """
+    clock = _Clock()
+    stop = StopRequest().listen()
+    refuse_if_too_small(config, env.world_size, env.local_world_size)
+    topology = make_topology(config, env)
+    _share_cores(env)
+    sampler = Sampler(config.data, config.train.sequence_length)
+    check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
+    heldout = make_heldout(config, multiple=topology.data * config.train.micro_batch_sequences)
+    run_dir = Path(config.run_dir)
+    if found := complete_checkpoints(run_dir):
+        read_for_model(found[-1], config.model)
+    clock.mark("data")
+
+    timeout_s = config.cluster.collective_timeout_s
+    device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s)
+    try:
+        if topology.expert > 1:
+            groups.create_expert_groups(topology)
+        clock.mark("process groups")
+        model, placements = materialise(config, topology, device)
+        clock.mark("model")
+        engine = Engine(model, placements, topology, config, device)
+        clock.mark("engine")
+        checkpoints = Checkpoints(config)
+        restored = checkpoints.restore(engine)
+        folder, state = restored if restored else (None, TrainState())
+        sampler.resume(state.cursor)
+        clock.mark("checkpoint")
+        metrics = make_metrics(config, run_dir, state.step) if topology.rank == 0 else None
+        heldout_bytes = heldout.text_bytes() if heldout and topology.rank == 0 else None
+        clock.mark("metrics")
+        yield Run(
+            config, engine, sampler, heldout, heldout_bytes, checkpoints, state, folder, metrics, stop, clock.seconds
+        )
+        if metrics:
+            metrics.close()
+        groups.stop()
+    except BaseException:
+        groups.abandon()
+        raise
+
+
+def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:
+    """The layout on the ranks that are there, if this version can train it."""
+    p = config.parallel
+    if p.tensor > 1 or p.pipeline > 1:
+        raise UserError(
+            f"parallel.tensor={p.tensor}, parallel.pipeline={p.pipeline}",
+            "tensor=1 and pipeline=1: this version trains over data and expert parallelism only",
+            "set parallel.tensor=1 parallel.pipeline=1, or use `glam plan` for what the layout would cost",
+        )
+    return Topology(env.rank, p.data_degree(env.world_size), p.tensor, p.pipeline, p.expert)
+
+
+def materialise(config: RunConfig, topology: Topology, device: torch.device) -> tuple[GLaM, dict[str, Placement]]:
+    """The model with this rank's parameters filled in, each drawn from its name; nothing larger is ever allocated."""
+    with torch.device("meta"):
+        model = GLaM(config.model)
+    placements = cut(model, topology)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            first_row = placements[name].offset[0]
+            value = initial_value(name, tuple(parameter.shape), config.model, config.train.seed, first_row)
+            parameter.copy_(value)
+    if topology.expert > 1:
+        spread_experts(model, topology)
+    # Differs by rank, on purpose: it feeds the noise of noisy routers, and ranks see different tokens.
+    torch.manual_seed(config.train.seed * 1_000_003 + topology.rank)
+    return model, placements
+
+
+def make_heldout(config: RunConfig, multiple: int = 1) -> HeldOut | None:
+    t = config.train
+    heldout = HeldOut(config.data.heldout, t.sequence_length, t.eval_sequences, multiple) if config.data.heldout else None
+    if heldout:
+        sizes = {s.name: s.stream.vocab_size for s in heldout.sources}
+        check_vocabulary(sizes, config.model.vocab_size)
+    return heldout
+
+
+def make_metrics(config: RunConfig, run_dir: Path, from_step: int) -> Metrics:
+    """Open the run folder: its configuration, and the sinks."""
+    metrics = Metrics(run_dir, from_step, config.train.steps)
+    (run_dir / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    return metrics
+
+
+def _share_cores(env: LaunchEnv) -> None:
+    """Without a word from the user, torch would give every rank of a machine all its cores."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // env.local_world_size))

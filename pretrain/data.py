@@ -1,0 +1,177 @@
+"""From token shards to batches: mixture, order, and the small cursor that says where a run stands.
+
+A sample is a window of S + 1 tokens of a source's concatenated documents; windows overlap by the one token that is a
+label in one and an input in the next. Sample k of a source is window perm(k mod n) of epoch k div n, with a keyed
+permutation in place of a built index: opening a corpus costs the same whatever its size. Which source the i-th sample
+of a run comes from depends on the weights alone. Nothing here knows of ranks until a global batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.data import DataConfig
+from configs.errors import UserError
+from data_prep.format import TokenStream
+from pretrain.permute import KeyedPermutation
+
+Windows = npt.NDArray[np.int64]  # [sequences, S + 1]
+
+
+class Source:
+    """One folder of shards, read as windows in a keyed order."""
+
+    def __init__(self, name: str, path: str, sequence_length: int, seed: int) -> None:
+        self.name, self.stream, self.length = name, TokenStream(path), sequence_length
+        self.num_samples = (self.stream.num_tokens - 1) // sequence_length
+        if self.num_samples < 1:
+            raise UserError(
+                f"{path} holds {self.stream.num_tokens} tokens",
+                f"at least train.sequence_length + 1 = {sequence_length + 1}",
+                "prepare more text, or train on shorter sequences",
+            )
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: KeyedPermutation(self.num_samples, f"{seed}/{name}/{epoch}")
+        )
+
+    def window(self, index: int) -> npt.NDArray[np.int64]:
+        """The tokens [S + 1] of window `index`, in the order of the documents."""
+        return self.stream.read(index * self.length, self.length + 1)
+
+    def sample(self, number: int) -> npt.NDArray[np.int64]:
+        """The tokens [S + 1] of the `number`-th sample ever drawn from this source."""
+        epoch, position = divmod(number, self.num_samples)
+        return self.window(self._order(epoch)(position))
+
+
+@dataclass
+class Cursor:
+    """Where a run stands in its data. JSON in a checkpoint; the same for any number of ranks."""
+
+    drawn: dict[str, int] = field(default_factory=dict)  # samples taken from each source, ever
+    mixed: dict[str, int] = field(default_factory=dict)  # the same since the weights last changed
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+class Sampler:
+    """Draws global batches. `cursor` is its whole state."""
+
+    def __init__(self, config: DataConfig, sequence_length: int, cursor: Cursor | None = None) -> None:
+        self.sources = {s.name: Source(s.name, s.path, sequence_length, config.seed) for s in config.sources}
+        total = sum(s.weight for s in config.sources)
+        self.weights = {s.name: s.weight / total for s in config.sources}
+        self.resume(cursor or Cursor())
+
+    def resume(self, cursor: Cursor) -> None:
+        """Go on from a cursor. Changed weights start a new mixture; what each source has given stays given."""
+        same = cursor.weights == self.weights
+        self.cursor = Cursor(dict(cursor.drawn), dict(cursor.mixed) if same else {}, dict(self.weights))
+
+    def next_batch(self, num_sequences: int) -> list[tuple[str, int]]:
+        """Choose the next global batch, (source, sample number) each, and advance.
+
+        Each sample goes to the source that is furthest behind its share, so that realised shares never stray by more
+        than one sample from the weights.
+        """
+        names = list(self.sources)
+        weight = np.array([self.weights[name] for name in names])
+        mixed = np.array([self.cursor.mixed.get(name, 0) for name in names])
+        drawn = [self.cursor.drawn.get(name, 0) for name in names]
+        chosen = []
+        for count in range(int(mixed.sum()), int(mixed.sum()) + num_sequences):
+            behind = int(np.argmax(weight * (count + 1) - mixed))
+            chosen.append((names[behind], drawn[behind]))
+            mixed[behind] += 1
+            drawn[behind] += 1
+        self.cursor.mixed = dict(zip(names, mixed.tolist()))
+        self.cursor.drawn.update(zip(names, drawn))
+        return chosen
+
+    def read(self, chosen: Sequence[tuple[str, int]]) -> Windows:
+        """The tokens of chosen samples, [sequences, S + 1]."""
+        return np.stack([self.sources[name].sample(number) for name, number in chosen])
+
+    @property
+    def vocab_sizes(self) -> dict[str, int | None]:
+        """Vocabulary size each source was tokenized with; None where a foreign dataset does not say."""
+        return {name: source.stream.vocab_size for name, source in self.sources.items()}
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been used up."""
+        return {n: self.cursor.drawn.get(n, 0) / source.num_samples for n, source in self.sources.items()}
+
+
+class HeldOut:
+    """The first windows of the held-out folders, in order; every evaluation sees the same ones."""
+
+    def __init__(self, paths: Sequence[str], sequence_length: int, num_sequences: int, multiple: int = 1) -> None:
+        """
+        Args:
+            num_sequences: as many windows at most.
+            multiple: the count is rounded down to a multiple of this, so that ranks share it evenly.
+        """
+        self.sources = [Source(path, path, sequence_length, seed=0) for path in paths]
+        places = [(source, index) for source in self.sources for index in range(source.num_samples)]
+        count = min(num_sequences, len(places)) // multiple * multiple
+        if paths and count == 0:
+            raise UserError(
+                f"{len(places)} held-out sequences of {sequence_length} tokens in {', '.join(paths)}",
+                f"at least {multiple}, so that every rank has one",
+                "hold out more text (heldout_fraction in `glam prep`), or use fewer ranks or smaller micro-batches",
+            )
+        self.places = places[:count]
+        tables = [source.stream.token_bytes() for source in self.sources]
+        self.token_bytes = tables[0] if tables and all(_equal(table, tables[0]) for table in tables) else None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, part: int = 0, parts: int = 1) -> Windows:
+        """Windows of the `part`-th of `parts` equal slices, [sequences, S + 1]."""
+        size = len(self) // parts
+        return np.stack([source.window(index) for source, index in self.places[part * size : (part + 1) * size]])
+
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of text behind all labels; None where the tokenizer is not known."""
+        if self.token_bytes is None:
+            return None
+        return int(sum(self.token_bytes[source.window(index)[1:]].sum() for source, index in self.places))
+
+
+def cut_batch(windows: Windows, micro_batch_sequences: int) -> Iterator[tuple[Windows, Windows]]:
+    """(tokens [b, S], labels [b, S]) of each micro-batch of a rank's sequences."""
+    for start in range(0, len(windows), micro_batch_sequences):
+        part = windows[start : start + micro_batch_sequences]
+        yield part[:, :-1], part[:, 1:]
+
+
+def check_vocabulary(sizes: dict[str, int | None], model_vocab_size: int) -> None:
+    """Refuse shards whose token ids the model does not know."""
+    for name, size in sizes.items():
+        if size is not None and size > model_vocab_size:
+            raise UserError(
+                f"data source {name!r} was tokenized with {size} vocabulary entries, model.vocab_size={model_vocab_size}",
+                "a model with at least as many",
+                f"set model.vocab_size={size}, or prepare the data with the tokenizer the model was made for",
+            )
+
+
+def unigram_nats(sampler: Sampler, heldout: HeldOut, vocab_size: int, max_tokens: int = 20_000_000) -> float:
+    """The order-0 baseline: cross-entropy, nats a token, of token frequencies in the training sources on the held-out
+    labels, with one count added to each entry. Reads at most `max_tokens` of each source."""
+    counts = np.ones(vocab_size)
+    for name, source in sampler.sources.items():
+        tokens = source.stream.read(0, min(source.stream.num_tokens, max_tokens))
+        counts += sampler.weights[name] * np.bincount(tokens, minlength=vocab_size)
+    log_probs = np.log(counts / counts.sum())
+    return float(-log_probs[heldout.read()[:, 1:]].mean())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)

@@ -1,0 +1,51 @@
+"""Held-out evaluation: nats a token and bits a byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from model.glam import GLaM
+from model.loss import language_model_loss
+from parallel.engine import Engine
+from pretrain.data import HeldOut, cut_batch
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """Figures over the labels of the held-out windows."""
+
+    loss: float  # nats a token
+    tokens: int
+    bits_per_byte: float | None  # of the text behind the labels; None where the tokenizer is not known
+
+
+def result(loss: float, heldout: HeldOut, text_bytes: int | None) -> HeldOutResult:
+    tokens = len(heldout) * heldout.sources[0].length
+    bits = loss * tokens / math.log(2) / text_bytes if text_bytes else None
+    return HeldOutResult(loss, tokens, bits)
+
+
+def evaluate_on_ranks(engine: Engine, heldout: HeldOut, text_bytes: int | None, micro_batch: int) -> HeldOutResult:
+    """All data-parallel ranks together; the same figures on each."""
+    windows = heldout.read(engine.topology.data_rank, engine.topology.data)
+    batches = [(torch.from_numpy(t), torch.from_numpy(y)) for t, y in cut_batch(windows, micro_batch)]
+    return result(engine.evaluate(batches), heldout, text_bytes)
+
+
+@torch.no_grad()
+def evaluate_alone(model: GLaM, heldout: HeldOut, text_bytes: int | None, micro_batch: int) -> HeldOutResult:
+    """On one process that holds the whole model."""
+    model.eval()
+    device = model.embed.weight.device
+    total, count = 0.0, 0
+    for tokens, labels in cut_batch(heldout.read(), micro_batch):
+        hidden = torch.from_numpy(tokens).to(device)
+        for layer in model.layers():
+            hidden = layer(hidden)
+        label = torch.from_numpy(labels).to(device).flatten()
+        total += float(language_model_loss(hidden.flatten(0, 1), model.output_weight, label)[1]) * label.numel()
+        count += label.numel()
+    return result(total / count, heldout, text_bytes)

@@ -1,0 +1,152 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from configs.errors import EXIT_DONE, EXIT_STOPPED
+from configs.run import RunConfig
+from parallel.collectives import any_rank
+from pretrain import budget
+from pretrain.build import Run
+from pretrain.data import cut_batch
+from pretrain.evaluate import evaluate_on_ranks
+from pretrain.health import fit_to_apply
+from pretrain.optim import learning_rate
+
+
+def train(run: Run) -> int:
+    """Train to the last step or until asked to stop; returns the exit code."""
+    state, steps, device = run.state, run.config.train.steps, run.engine.device
+    announce(run)
+    last_step = min(steps, state.step + (run.config.train.stop_after_steps or steps))
+    clock = time.perf_counter()
+    while state.step < last_step:
+        lr = learning_rate(state.step, run.config.train)
+        result = run.engine.train_step(next_micro_batches(run), lr, fit_to_apply)
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        state.step += 1
+        state.updates += result.applied
+        state.tokens += run.config.train.batch_tokens
+        state.seconds += seconds
+        state.cursor = run.sampler.cursor
+        if not result.applied:
+            note_skip(run, result.cross_entropy, result.grad_norm)
+        if run.metrics:
+            run.metrics.advance(state.step)
+        if due(state.step, run.config.train.log_every_steps, last_step):
+            log(run, {"loss": result.cross_entropy, "grad_norm": result.grad_norm, "lr": lr}, seconds)
+        if run.heldout and due(state.step, run.config.train.eval_every_steps, steps):
+            evaluate(run)
+        stopping = any_rank(bool(run.stop), device) or (state.step == last_step < steps)
+        if stopping or due(state.step, run.config.train.save_every_steps, steps):
+            save(run)
+        if stopping:
+            run.say(f"stopped after step {state.step} of {steps} ({run.stop.name or 'train.stop_after_steps'})")
+            return EXIT_STOPPED
+        clock = time.perf_counter() if state.step == last_step else clock
+    run.say(f"done: {state.step} steps, {state.tokens:,} tokens, {len(state.skipped)} step(s) skipped")
+    return EXIT_DONE
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def next_micro_batches(run: Run) -> list[tuple[Tensor, Tensor]]:
+    """Draw the next global batch and read this data-parallel rank's slice of it."""
+    chosen = run.sampler.next_batch(run.config.train.batch_sequences)
+    topology = run.engine.topology
+    size = len(chosen) // topology.data
+    windows = run.sampler.read(chosen[topology.data_rank * size : (topology.data_rank + 1) * size])
+    parts = cut_batch(windows, run.config.train.micro_batch_sequences)
+    return [(torch.from_numpy(tokens), torch.from_numpy(labels)) for tokens, labels in parts]
+
+
+def announce(run: Run) -> None:
+    """What is about to be trained, and from where."""
+    p = budget.parameters(run.config.model)
+    t = run.engine.topology
+    run.say(
+        f"{run.config.name}: {p.total:,} parameters, {p.active:,} active per token; "
+        f"{t.world_size} rank(s), data {t.data}, expert {t.expert}; {run.config.train.precision} on {run.engine.device}"
+    )
+    if run.resumed_from and run.metrics:
+        run.say(f"resumed from {run.resumed_from} (step {run.state.step})")
+        run.metrics.write("event", run.state.step, {"event": "resumed", "checkpoint": str(run.resumed_from)})
+    if run.metrics:
+        run.metrics.write("event", run.state.step, {"event": "started", "seconds": run.start_seconds})
+
+
+def note_skip(run: Run, cross_entropy: float, grad_norm: float) -> None:
+    run.state.skipped.append(run.state.step)
+    if run.metrics:
+        figures = {"event": "skipped", "loss": repr(cross_entropy), "grad_norm": repr(grad_norm)}
+        run.metrics.write("event", run.state.step, figures)
+        run.say(f"step {run.state.step} skipped: loss {cross_entropy}, gradient norm {grad_norm}; weights unchanged")
+
+
+def log(run: Run, figures: dict[str, float], step_seconds: float) -> None:
+    """One record and one line; router figures are of this step alone."""
+    loads = run.engine.router_loads()  # all ranks take part
+    if run.metrics is None:
+        return
+    per_second = run.config.train.batch_tokens / step_seconds
+    flops = budget.flops_per_token(run.config.model, run.config.train.sequence_length)
+    tflops = per_second * flops / run.engine.topology.world_size / 1e12
+    figures = figures | {
+        "tokens": run.state.tokens,
+        "tokens_per_s": per_second,
+        "tflops_per_s_per_rank": tflops,
+        "skipped_steps": len(run.state.skipped),
+        **{f"epoch/{name}": value for name, value in run.sampler.epochs().items()},
+        **router_figures(loads, run.config),
+    }
+    run.metrics.write("train", run.state.step, figures)
+    left = (run.config.train.steps - run.state.step) * run.state.seconds / run.state.step
+    worst = max((v for k, v in figures.items() if k.endswith("/max_over_mean")), default=None)
+    shown = f"loss {figures['loss']:.4f}  norm {figures['grad_norm']:.2f}  lr {figures['lr']:.2e}  {per_second:,.0f} tokens/s"
+    shown += f"  load {worst:.2f}" if worst else ""
+    run.metrics.show(run.state.step, shown + f"  {left / 60:.1f} min left")
+
+
+def router_figures(loads: dict[int, Tensor], config: RunConfig) -> dict[str, float]:
+    """Per layer: load of the fullest expert over the mean, entropy of the load over ln E, share of dropped choices,
+    balance and z losses without coefficients."""
+    figures: dict[str, float] = {}
+    for layer, totals in loads.items():
+        assert config.model.moe is not None
+        load_E, (choices, balance, z, passes) = totals[:-4], totals[-4:].tolist()
+        share_E = load_E / load_E.sum()
+        entropy = float(torch.special.entr(share_E).sum()) / max(1e-12, float(torch.tensor(len(load_E)).log()))
+        prefix = f"layer_{layer:02d}"
+        figures[f"{prefix}/max_over_mean"] = float(load_E.max() / load_E.mean())
+        figures[f"{prefix}/load_entropy"] = entropy
+        if config.model.moe.router.kind != "expert_choice":
+            figures[f"{prefix}/dropped"] = 1 - float(load_E.sum()) / choices
+        figures[f"{prefix}/balance_loss"] = balance / passes
+        figures[f"{prefix}/z_loss"] = z / passes
+    return figures
+
+
+def evaluate(run: Run) -> None:
+    assert run.heldout is not None
+    found = evaluate_on_ranks(run.engine, run.heldout, run.heldout_bytes, run.config.train.micro_batch_sequences)
+    if run.metrics:
+        bits = {"bits_per_byte": found.bits_per_byte} if found.bits_per_byte is not None else {}
+        run.metrics.write("eval", run.state.step, {"loss": found.loss, "tokens": found.tokens, **bits})
+        shown = "".join(f", {value:.4f} bits per byte" for value in bits.values())
+        run.say(f"step {run.state.step}  held-out loss {found.loss:.4f} nats a token{shown} ({found.tokens:,} tokens)")
+
+
+def save(run: Run) -> None:
+    began = time.perf_counter()
+    folder = run.checkpoints.save(run.engine, run.state)
+    if run.metrics:
+        seconds = time.perf_counter() - began
+        run.metrics.write("event", run.state.step, {"event": "saved", "checkpoint": str(folder), "seconds": seconds})
+        run.say(f"step {run.state.step}  saved {folder} in {seconds:.1f} s")

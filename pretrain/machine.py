@@ -1,0 +1,78 @@
+"""What is here: memory of this rank's device, and which preset fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from configs.errors import UserError
+from configs.run import PRESETS, RunConfig, layout_faults
+from pretrain import budget
+
+
+def memory_per_rank(local_world_size: int) -> tuple[int, str]:
+    """Bytes each rank may use, and what they are bytes of."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, f"{torch.cuda.get_device_name(0)} memory"
+    return psutil.virtual_memory().total // local_world_size, "main memory, no GPU"
+
+
+def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: int) -> None:
+    """Raise a UserError that says what the run needs, what is there, and which preset would fit."""
+    there, kind = memory_per_rank(local_world_size)
+    if config.cluster.device_memory_gib is not None:
+        there, kind = round(config.cluster.device_memory_gib * 2**30), "cluster.device_memory_gib"
+    faults = layout_faults(config, world_size)
+    asked = required_ranks(config, world_size)
+    need = budget.bytes_per_rank(config, asked).total
+    if need <= there and not faults:
+        return
+    p = budget.parameters(config.model)
+    remedy = "mend the keys named above"
+    if need > there or asked > world_size:
+        fits = largest_preset_that_fits(world_size, there)
+        launch = f"deepspeed --num_accelerators {asked} pretrain/main.py --config ..."
+        remedy = f"start {asked} ranks ({launch}), or on a cluster under SLURM" if need <= there else "use more or larger devices"
+        remedy += f"; what fits here: --config {fits}" if fits else "; no preset fits here"
+    found = f"{world_size} rank(s) with {_gib(there)} each ({kind})"
+    raise UserError(
+        found + "".join(f"; {fault}" for fault in faults),
+        f"for {config.name} ({_count(p.total)} parameters, {_count(p.active)} active per token): "
+        f"{asked} rank(s) with {_gib(need)} each",
+        remedy,
+    )
+
+
+def required_ranks(config: RunConfig, world_size: int) -> int:
+    """Ranks the layout asks for; where data=auto, the smallest multiple that carries the experts."""
+    p = config.parallel
+    model_ranks = p.tensor * p.pipeline
+    if p.data != "auto":
+        return p.data * model_ranks
+    least = -(-p.expert // p.tensor) * model_ranks
+    return world_size if world_size % least == 0 else max(least, world_size // least * least)
+
+
+def largest_preset_that_fits(world_size: int, bytes_there: int) -> str | None:
+    """Path of the shipped preset with most parameters that trains on these ranks, as it stands."""
+    best: tuple[int, str] | None = None
+    for path in sorted(PRESETS.glob("*.yaml")):
+        if path.name.startswith("corpus"):
+            continue
+        preset = RunConfig.load(path)
+        if layout_faults(preset, world_size) or budget.bytes_per_rank(preset, world_size).total > bytes_there:
+            continue
+        size = budget.parameters(preset.model).total
+        if best is None or size > best[0]:
+            best = (size, str(Path(PRESETS.name) / path.name))
+    return best[1] if best else None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:,.1f}B" if count >= 1e9 else f"{count / 1e6:,.1f}M"

@@ -1,0 +1,43 @@
+"""Train: `deepspeed pretrain/main.py --config configs/demo.yaml [section.key=value ...]`.
+
+Runs the same under `deepspeed`, `torchrun`, `srun` and plain `python`. Exit codes: 0 done, 2 bad input or machine,
+3 stopped on request with its state saved (start again to go on).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    # Started as a script, Python looks for modules in this folder first; the rooms lie one above.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
+from configs.run import RunConfig  # noqa: E402
+from pretrain.cli import train_arguments  # noqa: E402
+from slurm.environ import LaunchEnv  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, build, train; returns the exit code."""
+    parsed = train_arguments(arguments)
+    env = None
+    try:
+        env = LaunchEnv.read()
+        config = RunConfig.load(parsed.config, parsed.overrides)
+        # Imported late: a misspelt key is told in half a second, not after torch and deepspeed have come up.
+        from pretrain import loop
+        from pretrain.build import build
+
+        with build(config, env) as run:
+            return loop.train(run)
+    except UserError as error:
+        if env is None or env.rank == 0:  # every rank meets the same error; one tells it
+            print(f"\n{error}\n", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Where figures go: metrics.jsonl, TensorBoard, and a live line on the terminal. Rank 0 only.
+
+metrics.jsonl holds one object a line: {"kind": "train" | "eval" | "event", "step", ...}. A resumed run first drops
+what lies beyond the checkpoint it resumes from, so that no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Sinks of one run."""
+
+    def __init__(self, run_dir: Path, from_step: int, total_steps: int, console: Console | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        drop_after(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
+        self._console = console or Console(stderr=False)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=from_step, shown="")
+        self._progress.start()
+
+    def write(self, kind: str, step: int, figures: dict[str, Any]) -> None:
+        """Append one record; numbers also go to TensorBoard as kind/name."""
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **figures}) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def show(self, step: int, line: str) -> None:
+        """The live line of a terminal, or a line of a log file."""
+        self._progress.update(self._task, completed=step, shown=line)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}  {line}", highlight=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run; a line cut off by a crash is passed over."""
+    path = run_dir / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep only whole records up to `step`, by one rename."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(aside, path)

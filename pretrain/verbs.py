@@ -1,0 +1,156 @@
+"""What each `glam` verb does. Heavy libraries are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.corpus import CorpusConfig
+from configs.errors import UserError
+from configs.run import RunConfig
+from pretrain import budget
+
+if TYPE_CHECKING:
+    from model.glam import GLaM
+
+
+def plan(args: Namespace) -> None:
+    config = RunConfig.load(args.config, args.overrides)
+    p = config.parallel
+    fewest = max(p.tensor * p.pipeline, -(-p.expert // p.tensor) * p.tensor * p.pipeline)
+    ranks = p.data * p.tensor * p.pipeline if p.data != "auto" else (args.ranks or fewest)
+    counts = budget.parameters(config.model)
+    memory = budget.bytes_per_rank(config, ranks)
+    flops = budget.flops_per_token(config.model, config.train.sequence_length)
+    training_tokens = config.train.steps * config.train.batch_tokens
+    if args.json:
+        parts = {k: v for k, v in vars(counts).items()}
+        print(json.dumps({
+            "name": config.name, "total_params": counts.total, "active_params": counts.active, "params": parts,
+            "flops_per_token": flops, "ranks": ranks, "bytes_per_rank": memory.total, "bytes": vars(memory),
+            "training_tokens": training_tokens, "training_flops": flops * training_tokens,
+        }))  # fmt: skip
+        return
+    table = Table(title=f"{config.name}: {config.model.num_layers} layers, width {config.model.width}")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for name, value in vars(counts).items():
+        table.add_row(f"parameters: {name.replace('_', ' ')}", f"{value:,}")
+    table.add_row("total parameters", f"[bold]{counts.total:,}[/]")
+    table.add_row("active parameters per token", f"[bold]{counts.active:,}[/]")
+    table.add_section()
+    table.add_row("training FLOPs per token", f"{flops:.4g}")
+    table.add_row("training tokens", f"{training_tokens:,}")
+    table.add_row("training FLOPs", f"{flops * training_tokens:.4g}")
+    table.add_section()
+    layout = f"data {p.data_degree(ranks)}, tensor {p.tensor}, pipeline {p.pipeline}, expert {p.expert}"
+    table.add_row("ranks", f"{ranks:,} ({layout})")
+    for name, value in vars(memory).items():
+        table.add_row(f"GiB per rank: {name}", f"{value / 2**30:,.2f}")
+    table.add_row("GiB per rank", f"[bold]{memory.total / 2**30:,.2f}[/]")
+    Console().print(table)
+
+
+def prep(args: Namespace) -> None:
+    from data_prep.pipeline import prepare
+
+    prepare(CorpusConfig.load(args.config, args.overrides), Console())
+
+
+def train(args: Namespace) -> int:
+    from pretrain.main import main
+
+    return main(["--config", args.config, *args.overrides])
+
+
+def eval(args: Namespace) -> None:  # noqa: A001 (the verb's name)
+    from pretrain.build import make_heldout
+    from pretrain.data import Sampler, unigram_nats
+    from pretrain.evaluate import evaluate_alone
+
+    config, folder, model = _load_run(Path(args.run))
+    heldout = make_heldout(config)
+    if heldout is None:
+        raise UserError(f"{args.run} has no held-out data", "data.heldout in its configuration", "name a folder there")
+    text_bytes = heldout.text_bytes()
+    found = evaluate_alone(model, heldout, text_bytes, config.train.micro_batch_sequences)
+    sampler = Sampler(config.data, config.train.sequence_length)
+    baseline = unigram_nats(sampler, heldout, config.model.vocab_size)
+    bits = baseline * found.tokens / math.log(2) / text_bytes if text_bytes else None
+    if args.json:
+        print(json.dumps({
+            "checkpoint": str(folder), "tokens": found.tokens, "loss": found.loss, "bits_per_byte": found.bits_per_byte,
+            "order0_loss": baseline, "order0_bits_per_byte": bits,
+        }))  # fmt: skip
+        return
+    table = Table(title=f"{folder}: {found.tokens:,} held-out tokens")
+    for column in ("", "nats per token", "bits per byte"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, nats, per_byte in (("model", found.loss, found.bits_per_byte), ("order-0 baseline", baseline, bits)):
+        table.add_row(name, f"{nats:.4f}", f"{per_byte:.4f}" if per_byte is not None else "-")
+    Console().print(table)
+
+
+def generate(args: Namespace) -> None:
+    import numpy as np
+
+    from data_prep.format import TokenStream
+    from data_prep.tokenizer import Tokenizer
+    from pretrain.generate import generate as continue_text
+
+    config, _, model = _load_run(Path(args.run))
+    stream = TokenStream(config.data.sources[0].path)
+    if stream.manifest is None:
+        raise UserError(f"{stream.folder} does not say which tokenizer made it", "shards made by `glam prep`", "prepare them")
+    tokenizer = Tokenizer(stream.folder / stream.manifest.tokenizer)
+    prompt = tokenizer.encode(args.prompt).tolist()
+    if not prompt:
+        raise UserError("an empty prompt", "at least one token to continue", "pass some text to --prompt")
+    sys.stdout.write(args.prompt)
+    ids: list[int] = []
+    shown = len(tokenizer.decode(np.array(prompt)))
+    for token in continue_text(model, prompt, args.max_tokens, args.temperature, args.top_p, tokenizer.eos_id, args.seed):
+        ids.append(token)
+        text = tokenizer.decode(np.array(prompt + ids))
+        if not text.endswith("\ufffd"):  # a character of several bytes is not whole yet
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = len(text)
+    print()
+
+
+def report(args: Namespace) -> None:
+    from pretrain.report import plot_run
+
+    run = Path(args.run)
+    if not (run / "metrics.jsonl").exists():
+        raise UserError(f"{run} has no metrics.jsonl", "the folder of a run that has started", "check the path")
+    print(plot_run(run))
+
+
+def _load_run(run_dir: Path) -> tuple[RunConfig, Path, GLaM]:
+    """A run's configuration, its newest checkpoint, and the whole model filled from it, on this process."""
+    import torch
+
+    from model.glam import GLaM
+    from pretrain.checkpoint import complete_checkpoints, load_weights
+    from pretrain.generate import without_capacity
+
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"{run_dir} has no config.yaml", "the folder of a run", "check the path")
+    config = RunConfig.load(run_dir / "config.yaml")
+    found = complete_checkpoints(run_dir)
+    if not found:
+        raise UserError(f"{run_dir} holds no complete checkpoint", "at least one", "train until the first save")
+    with torch.device("meta"):
+        model = GLaM(without_capacity(config.model))
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    load_weights(found[-1], model, config.model)
+    return config, found[-1], model
