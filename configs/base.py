@@ -55,7 +55,9 @@ class Strict(BaseModel):
             raise UserError(f"{path}: {error}", "a readable YAML file", "check the path given to --config") from error
         tree = _parse(text, where=str(path))
         if not isinstance(tree, dict):
-            raise UserError(f"{path} holds {type(tree).__name__}", "a YAML mapping of sections", "see configs/demo.yaml")
+            raise UserError(
+                f"{path} holds {type(tree).__name__}", "a YAML mapping of sections", "see configs/demo.yaml"
+            )
         for item in overrides:
             set_dotted(tree, item)
         return cls.check(tree, where=str(path))
@@ -94,7 +96,9 @@ def set_dotted(tree: dict[str, Any], item: str) -> None:
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {item!r}: {name!r} holds {child!r}", f"{name!r} to be a section", "check the path")
+            raise UserError(
+                f"override {item!r}: {name!r} holds {child!r}", f"{name!r} to be a section", "check the path"
+            )
         node = child
     node[leaf] = _parse(text, where=f"override {item!r}")
 

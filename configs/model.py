@@ -111,7 +111,9 @@ class ExpertChoiceRouter(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.allow_noncausal:
-            raise ValueError("expert_choice lets later tokens decide for earlier ones; set allow_noncausal=true if meant")
+            raise ValueError(
+                "expert_choice lets later tokens decide for earlier ones; set allow_noncausal=true if meant"
+            )
         return self
 
 
@@ -147,7 +149,6 @@ class ModelConfig(Strict):
     ffn: FeedForwardConfig  # of the dense layers
     moe: MoEConfig | None = None
     tied_embedding: bool = True
-    scale_embedding: bool = True  # multiply embeddings by sqrt(D), so that the tied table can start at D^-0.5
     norm_epsilon: float = Field(default=1e-6, gt=0)
     lm_z_coef: float = Field(default=0.0, ge=0)  # on logsumexp(logits)^2 of the output softmax
 

@@ -66,7 +66,9 @@ def schedule_fits_steps(c: RunConfig) -> str | None:
     schedule, steps = c.train.schedule, c.train.steps
     used = schedule.warmup_steps + (schedule.decay_steps if schedule.kind == "wsd" else 0)
     if schedule.kind != "inverse_sqrt" and used > steps:
-        return f"train.schedule needs {used} steps to warm up and decay, train.steps={steps}: shorten it or train longer"
+        return (
+            f"train.schedule needs {used} steps to warm up and decay, train.steps={steps}: shorten it or train longer"
+        )
     return None
 
 

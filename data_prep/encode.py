@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -49,7 +51,7 @@ def encode_batches(folder: Path, batches: Iterable[list[str]], workers: int) -> 
         yield from (encode_batch(tokenizer, texts) for texts in batches)
         return
     # Spawn: forking a process that has threads (a progress display, a BLAS) may deadlock.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for texts in batches:
@@ -66,6 +68,18 @@ def encode_batches(folder: Path, batches: Iterable[list[str]], workers: int) -> 
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its pool, whose processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode_in_worker(folder: str, texts: list[str]) -> EncodedBatch:

@@ -60,7 +60,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         y_BHSN = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self._mask(q, k), is_causal=self._is_plain_causal(start), enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=self._mask(q, k),
+            is_causal=self._is_plain_causal(start),
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return self.out(y_BHSN.transpose(1, 2).flatten(2))
 

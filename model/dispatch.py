@@ -87,7 +87,7 @@ def gather_rows(x_TD: Tensor, plan: SortedChoices) -> Tensor:
 
 def combine_rows(rows_ND: Tensor, weight_TK: Tensor, plan: SortedChoices) -> Tensor:
     """sum_k weight[t, k] * row(t, k): [N, D] -> [T, D]; dropped choices add nothing."""
-    num_tokens, k = weight_TK.shape
+    num_tokens = weight_TK.shape[0]
     if plan.row_of_choice is None:
         weighted = rows_ND * weight_TK.flatten()[plan.choice_N, None].to(rows_ND.dtype)
         return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add(0, plan.token_N, weighted)
@@ -127,8 +127,10 @@ class _Combine(Function):
         rows_ND, weight_TK, token_N, choice_N, row_of_choice = ctx.saved_tensors
         carried_ND = grad_TD.index_select(0, token_N)
         # <grad, row> for each row, then back into the order of choices.
-        grad_weight_N = torch.linalg.vecdot(carried_ND.float(), rows_ND.float()) if rows_ND.dtype != torch.float64 else (
-            torch.linalg.vecdot(carried_ND, rows_ND)
+        grad_weight_N = (
+            torch.linalg.vecdot(carried_ND.float(), rows_ND.float())
+            if rows_ND.dtype != torch.float64
+            else (torch.linalg.vecdot(carried_ND, rows_ND))
         )
         weight_N = weight_TK.flatten().index_select(0, choice_N).to(grad_TD.dtype)
         grad_rows_ND = carried_ND * weight_N[:, None]

@@ -17,15 +17,14 @@ from model.norm import RMSNorm
 
 
 class Embedding(nn.Module):
-    """tokens[B, S] -> [B, S, D], times sqrt(D) where the config says so."""
+    """tokens[B, S] -> [B, S, D]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
-        self.factor = config.width**0.5 if config.scale_embedding else 1.0
 
     def forward(self, token_BS: Tensor) -> Tensor:
-        return F.embedding(token_BS, self.weight) * self.factor
+        return F.embedding(token_BS, self.weight)
 
 
 class GLaM(nn.Module):

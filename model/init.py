@@ -1,7 +1,8 @@
 """Initial weights, drawn from the name of each parameter: the same on any layout of ranks.
 
 Linear weights: normal with sigma = fan_in^-0.5; those that write to the residual stream are divided by sqrt(2L)
-(GPT-2). Router: sigma = sqrt(0.1 / fan_in) (Switch, arXiv:2101.03961, sec. 2.4); Shazeer's start at zero.
+(GPT-2). Embedding: D^-0.5, so that logits start near unit variance with tied weights, and small beside what the blocks
+add, so that a tied model does not start by predicting its own input. Router: sigma = sqrt(0.1 / fan_in) (Switch, arXiv:2101.03961, sec. 2.4); Shazeer's start at zero.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ def initial_sigma(name: str, config: ModelConfig) -> float:
         return ONES
     if fnmatch(name, "*.bias.table") or fnmatch(name, "*.router.noise_weight"):
         return ZEROS
-    if name == "embed.weight":
-        return config.width**-0.5 if config.scale_embedding else 0.02
     if fnmatch(name, "*.router.weight"):
         noisy = config.moe is not None and isinstance(config.moe.router, NoisyTopKRouter)
         return ZEROS if noisy else math.sqrt(0.1 / config.width)

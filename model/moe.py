@@ -68,10 +68,12 @@ class MoETotals:
             return None
         reports, self.reports = self.reports, []
         load_E = torch.stack([r.load_E for r in reports]).sum(0)
-        scalars = torch.stack([
-            load_E.new_tensor(float(sum(r.num_choices for r in reports))),
-            torch.stack([r.balance_loss for r in reports]).sum(),
-            torch.stack([r.z_loss for r in reports]).sum(),
-            load_E.new_tensor(float(len(reports))),
-        ])
+        scalars = torch.stack(
+            [
+                load_E.new_tensor(float(sum(r.num_choices for r in reports))),
+                torch.stack([r.balance_loss for r in reports]).sum(),
+                torch.stack([r.z_loss for r in reports]).sum(),
+                load_E.new_tensor(float(len(reports))),
+            ]
+        )
         return torch.cat((load_E, scalars))

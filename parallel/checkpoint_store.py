@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load as load_planned
+from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -56,13 +57,13 @@ def save(folder: Path, tensors: Tensors, document: dict[str, Any]) -> None:
         document: what else a resume needs, as JSON values; rank 0's is kept.
     """
     no_dist = not dist.is_initialized()
-    dcp.save(dict(tensors), storage_writer=_Writer(folder, document), planner=_SavePlanner(), no_dist=no_dist)
+    save_planned(dict(tensors), storage_writer=_Writer(folder, document), planner=_SavePlanner(), no_dist=no_dist)
 
 
 def load(folder: Path, tensors: Tensors) -> None:
     """Fill `tensors` in place from a checkpoint of any layout; all ranks call it together."""
     no_dist = not dist.is_initialized()
-    dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=no_dist)
+    load_planned(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=no_dist)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ class Manifest:
             raise UserError(f"{folder} has no {MANIFEST}", "a complete checkpoint", remedy) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / MANIFEST}: {error}", "a readable manifest", remedy) from None
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT or not {"document", "tensors", "files"} <= tree.keys():
+        if (
+            not isinstance(tree, dict)
+            or tree.get("format") != FORMAT
+            or not {"document", "tensors", "files"} <= tree.keys()
+        ):
             found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
             raise UserError(f"{folder / MANIFEST} of format {found!r}", f"a checkpoint of format {FORMAT}", remedy)
         for name, entry in tree["files"].items():
@@ -123,17 +128,24 @@ class _SavePlanner(DefaultSavePlanner):
 class _LoadPlanner(DefaultLoadPlanner):
     """Plans and finds the place for each box, in our boxes too."""
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default first replaces what is neither tensor nor plain value by None: our boxes.
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator, self.mappings = metadata, is_coordinator, {}
+
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items = []
         for name, wanted in self.state_dict.items():
-            if wanted is None:  # a name that only other ranks asked for
-                continue
             if isinstance(wanted, Tensor):
                 chunks = [ChunkStorageMetadata(torch.Size([0] * wanted.ndim), wanted.shape)]
             else:
                 chunks = wanted.chunks()
-            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], chunks)
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, stored, chunks)
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -181,7 +193,11 @@ class _Writer(StorageWriter):
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
             boxes = [
-                {"offset": list(c.offsets), "shape": list(c.sizes), "file": place[_key(MetadataIndex(name, c.offsets))]["file"]}
+                {
+                    "offset": list(c.offsets),
+                    "shape": list(c.sizes),
+                    "file": place[_key(MetadataIndex(name, c.offsets))]["file"],
+                }
                 for c in stored.chunks
             ]
             dtype = str(stored.properties.dtype).removeprefix("torch.")

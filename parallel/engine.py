@@ -107,7 +107,7 @@ class Engine:
         self._result = StepResult(cross_entropy, norm, applied)
 
     def router_loads(self) -> dict[int, Tensor]:
-        """Layer -> [load of E experts, choices, balance loss, z-loss, passes], summed over the last step and all ranks."""
+        """Layer -> [load of E experts, choices, balance loss, z-loss, passes], summed over the step and all ranks."""
         blocks = self.model.moe_blocks()
         taken = {layer: block.totals.take() for layer, block in blocks.items()}
         present = {layer: totals for layer, totals in taken.items() if totals is not None}
@@ -126,7 +126,7 @@ class Engine:
     # ---- state ----------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, TensorBoxes]:
         """Name -> this rank's boxes of each float32 weight and optimizer moment, as views: what is written into them
-        is the state. Names and shapes are those of the whole model, whatever the layout. Call `loaded` after writing."""
+        is the state. Names and shapes are the whole model's, whatever the layout. Call `loaded` after writing."""
         found: dict[str, TensorBoxes] = {}
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for parameters, flat, state in self._partitions():
@@ -136,7 +136,11 @@ class Engine:
                     continue
                 name = names[id(parameter)]
                 here, whole = mapping.lp_fragment_address, mapping.hp_fragment_address
-                for key, tensor in (("weight", flat), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+                for key, tensor in (
+                    ("weight", flat),
+                    ("exp_avg", state["exp_avg"]),
+                    ("exp_avg_sq", state["exp_avg_sq"]),
+                ):
                     part = tensor.detach().narrow(0, whole.start, whole.numel)
                     found[f"{name}/{key}"] = fragment_boxes(
                         part, here.start, tuple(parameter.shape), self.placements[name]

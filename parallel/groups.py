@@ -24,7 +24,11 @@ def start(rank: int, world_size: int, local_rank: int, address: str, port: int, 
     keep_out_of_shared_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
     )
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -78,7 +82,11 @@ def create_expert_groups(topology: Topology) -> None:
     """Make the expert groups from the topology and hand them to DeepSpeed, which would otherwise make its own."""
     name = expert_group_name(topology)
     tables = (
-        (topology.expert_groups(), deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS),
+        (
+            topology.expert_groups(),
+            deepspeed_groups._EXPERT_PARALLEL_GROUP,
+            deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+        ),
         (
             topology.expert_data_groups(),
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,

@@ -19,8 +19,15 @@ def pipeline_module(model: GLaM, topology: Topology) -> PipelineModule:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         # Recomputation is the block's own (it must keep its routing), so DeepSpeed's is off.
         module = PipelineModule(
-            model.layers(), topology=grid, loss_fn=model.loss, partition_method="uniform", activation_checkpoint_interval=0
+            model.layers(),
+            topology=grid,
+            loss_fn=model.loss,
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
         )
+    if model.head is not None:
+        # Untied output weights are used by the loss, not by a layer of the chain, yet are to be trained all the same.
+        module.add_module("head", model.head)
     if topology.expert > 1 and model.config.moe is not None:
         # On every stage, also one without experts: stages that differ here reduce differently, and hang.
         module.add_module("expert_marker", ExpertMarker(model.config.moe.num_experts))

@@ -121,7 +121,9 @@ def stage_parameters(m: ModelConfig, num_stages: int) -> tuple[int, int]:
     """(dense, expert) parameters of the heaviest pipeline stage, layers cut evenly."""
     p = parameters(m)
     per_stage = -(-m.num_layers // num_stages)
-    moe_layers = max(sum(m.is_moe(n) for n in range(s, min(s + per_stage, m.num_layers))) for s in range(0, m.num_layers, per_stage))
+    moe_layers = max(
+        sum(m.is_moe(n) for n in range(s, min(s + per_stage, m.num_layers))) for s in range(0, m.num_layers, per_stage)
+    )
     share = per_stage / m.num_layers
     dense_layers = max(0, per_stage - moe_layers)
     dense_ffn = p.dense_ffn // max(1, m.num_layers - m.num_moe_layers) * dense_layers

@@ -143,7 +143,9 @@ def materialise(config: RunConfig, topology: Topology, device: torch.device) -> 
 
 def make_heldout(config: RunConfig, multiple: int = 1) -> HeldOut | None:
     t = config.train
-    heldout = HeldOut(config.data.heldout, t.sequence_length, t.eval_sequences, multiple) if config.data.heldout else None
+    heldout = (
+        HeldOut(config.data.heldout, t.sequence_length, t.eval_sequences, multiple) if config.data.heldout else None
+    )
     if heldout:
         sizes = {s.name: s.stream.vocab_size for s in heldout.sources}
         check_vocabulary(sizes, config.model.vocab_size)

@@ -42,7 +42,8 @@ def read_for_model(folder: Path, model: ModelConfig) -> store.Manifest:
     if stored != wanted:
         differ = _differences(stored or {}, wanted)
         raise UserError(
-            f"{folder} holds another model: " + "; ".join(f"{key} is {a!r} there, {b!r} here" for key, a, b in differ[:5]),
+            f"{folder} holds another model: "
+            + "; ".join(f"{key} is {a!r} there, {b!r} here" for key, a, b in differ[:5]),
             "a checkpoint of the model that is configured",
             "restore these keys, or choose another run_dir=... for the new model",
         )

@@ -31,29 +31,43 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, summary: str, example: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
 
-    plan = verb("plan", "Parameters, FLOPs and bytes per rank of a configuration, without devices.",
-                "glam plan configs/glam.yaml --json")
+    plan = verb(
+        "plan",
+        "Parameters, FLOPs and bytes per rank of a configuration, without devices.",
+        "glam plan configs/glam.yaml --json",
+    )
     plan.add_argument("config")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     plan.add_argument("--ranks", type=int, help="ranks where parallel.data is auto (default: the fewest that carry it)")
     plan.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
-    prep = verb("prep", "Make a tokenizer and token shards from raw text.", "glam prep configs/corpus_demo.yaml workers=4")
+    prep = verb(
+        "prep", "Make a tokenizer and token shards from raw text.", "glam prep configs/corpus_demo.yaml workers=4"
+    )
     prep.add_argument("config")
     prep.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
 
-    train = verb("train", "Train on this process alone (several ranks: start pretrain/main.py with a launcher).",
-                 "glam train configs/demo.yaml parallel.expert=1")
+    train = verb(
+        "train",
+        "Train on this process alone (several ranks: start pretrain/main.py with a launcher).",
+        "glam train configs/demo.yaml parallel.expert=1",
+    )
     train.add_argument("config")
     train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
 
-    evaluate = verb("eval", "Held-out loss and bits per byte of a run's newest checkpoint, beside an order-0 baseline.",
-                    "glam eval runs/demo")
+    evaluate = verb(
+        "eval",
+        "Held-out loss and bits per byte of a run's newest checkpoint, beside an order-0 baseline.",
+        "glam eval runs/demo",
+    )
     evaluate.add_argument("run", help="a run folder")
     evaluate.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
-    generate = verb("generate", "Continue a text with a run's newest checkpoint.",
-                    "glam generate runs/demo --prompt 'def main():' --max-tokens 100")
+    generate = verb(
+        "generate",
+        "Continue a text with a run's newest checkpoint.",
+        "glam generate runs/demo --prompt 'def main():' --max-tokens 100",
+    )
     generate.add_argument("run", help="a run folder")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-tokens", type=int, default=120)

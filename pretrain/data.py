@@ -36,9 +36,7 @@ class Source:
                 f"at least train.sequence_length + 1 = {sequence_length + 1}",
                 "prepare more text, or train on shorter sequences",
             )
-        self._order = lru_cache(maxsize=2)(
-            lambda epoch: KeyedPermutation(self.num_samples, f"{seed}/{name}/{epoch}")
-        )
+        self._order = lru_cache(maxsize=2)(lambda epoch: KeyedPermutation(self.num_samples, f"{seed}/{name}/{epoch}"))
 
     def window(self, index: int) -> npt.NDArray[np.int64]:
         """The tokens [S + 1] of window `index`, in the order of the documents."""
@@ -156,7 +154,7 @@ def check_vocabulary(sizes: dict[str, int | None], model_vocab_size: int) -> Non
     for name, size in sizes.items():
         if size is not None and size > model_vocab_size:
             raise UserError(
-                f"data source {name!r} was tokenized with {size} vocabulary entries, model.vocab_size={model_vocab_size}",
+                f"data source {name!r} has a vocabulary of {size} entries, model.vocab_size={model_vocab_size}",
                 "a model with at least as many",
                 f"set model.vocab_size={size}, or prepare the data with the tokenizer the model was made for",
             )

@@ -13,7 +13,7 @@ from model.glam import GLaM
 
 
 def without_capacity(config: ModelConfig) -> ModelConfig:
-    """The same model without dropped choices: capacity counts tokens of a whole sequence, which decoding has not yet."""
+    """The same model without dropped choices: capacity counts the tokens of a sequence that decoding has not yet."""
     router = config.moe.router if config.moe else None
     if config.moe is None or getattr(router, "capacity", None) is None:
         return config

@@ -109,7 +109,8 @@ def log(run: Run, figures: dict[str, float], step_seconds: float) -> None:
     run.metrics.write("train", run.state.step, figures)
     left = (run.config.train.steps - run.state.step) * run.state.seconds / run.state.step
     worst = max((v for k, v in figures.items() if k.endswith("/max_over_mean")), default=None)
-    shown = f"loss {figures['loss']:.4f}  norm {figures['grad_norm']:.2f}  lr {figures['lr']:.2e}  {per_second:,.0f} tokens/s"
+    shown = f"loss {figures['loss']:.4f}  norm {figures['grad_norm']:.2f}  lr {figures['lr']:.2e}"
+    shown += f"  {per_second:,.0f} tokens/s"
     shown += f"  load {worst:.2f}" if worst else ""
     run.metrics.show(run.state.step, shown + f"  {left / 60:.1f} min left")
 

@@ -34,7 +34,11 @@ def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: in
     if need > there or asked > world_size:
         fits = largest_preset_that_fits(world_size, there)
         launch = f"deepspeed --num_accelerators {asked} pretrain/main.py --config ..."
-        remedy = f"start {asked} ranks ({launch}), or on a cluster under SLURM" if need <= there else "use more or larger devices"
+        remedy = (
+            f"start {asked} ranks ({launch}), or on a cluster under SLURM"
+            if need <= there
+            else "use more or larger devices"
+        )
         remedy += f"; what fits here: --config {fits}" if fits else "; no preset fits here"
     found = f"{world_size} rank(s) with {_gib(there)} each ({kind})"
     raise UserError(

@@ -14,10 +14,10 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     # Started as a script, Python looks for modules in this folder first; the rooms lie one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
-from configs.run import RunConfig  # noqa: E402
-from pretrain.cli import train_arguments  # noqa: E402
-from slurm.environ import LaunchEnv  # noqa: E402
+from configs.errors import EXIT_BAD_INPUT, UserError
+from configs.run import RunConfig
+from pretrain.cli import train_arguments
+from slurm.environ import LaunchEnv
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import matplotlib
 from pretrain.metrics import read_metrics
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 def plot_run(run_dir: Path) -> Path:
@@ -27,7 +27,12 @@ def plot_run(run_dir: Path) -> Path:
     _line(rate, train, "lr", "learning rate")
     for key in loads:
         _line(load, train, key, key.split("/")[0].replace("_", " "))
-    titles = ((loss, "loss, nats a token"), (norm, "gradient norm"), (rate, "learning rate"), (load, "router load, max / mean"))
+    titles = (
+        (loss, "loss, nats a token"),
+        (norm, "gradient norm"),
+        (rate, "learning rate"),
+        (load, "router load, max / mean"),
+    )
     for axis, title in titles:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
@@ -35,7 +40,9 @@ def plot_run(run_dir: Path) -> Path:
             axis.legend(fontsize=8)
     for event in (r for r in records if r["kind"] == "event"):
         for axis in axes.flat:
-            axis.axvline(event["step"], color="grey", linestyle=":" if event["event"] == "resumed" else "-", linewidth=0.8)
+            axis.axvline(
+                event["step"], color="grey", linestyle=":" if event["event"] == "resumed" else "-", linewidth=0.8
+            )
     figure.suptitle(f"{run_dir.name}   (dotted: resumed, solid grey: step skipped)")
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=110)

@@ -70,7 +70,7 @@ def train(args: Namespace) -> int:
     return main(["--config", args.config, *args.overrides])
 
 
-def eval(args: Namespace) -> None:  # noqa: A001 (the verb's name)
+def eval(args: Namespace) -> None:
     from pretrain.build import make_heldout
     from pretrain.data import Sampler, unigram_nats
     from pretrain.evaluate import evaluate_alone
@@ -108,7 +108,9 @@ def generate(args: Namespace) -> None:
     config, _, model = _load_run(Path(args.run))
     stream = TokenStream(config.data.sources[0].path)
     if stream.manifest is None:
-        raise UserError(f"{stream.folder} does not say which tokenizer made it", "shards made by `glam prep`", "prepare them")
+        raise UserError(
+            f"{stream.folder} does not say which tokenizer made it", "shards made by `glam prep`", "prepare them"
+        )
     tokenizer = Tokenizer(stream.folder / stream.manifest.tokenizer)
     prompt = tokenizer.encode(args.prompt).tolist()
     if not prompt:
@@ -116,7 +118,9 @@ def generate(args: Namespace) -> None:
     sys.stdout.write(args.prompt)
     ids: list[int] = []
     shown = len(tokenizer.decode(np.array(prompt)))
-    for token in continue_text(model, prompt, args.max_tokens, args.temperature, args.top_p, tokenizer.eos_id, args.seed):
+    for token in continue_text(
+        model, prompt, args.max_tokens, args.temperature, args.top_p, tokenizer.eos_id, args.seed
+    ):
         ids.append(token)
         text = tokenizer.decode(np.array(prompt + ids))
         if not text.endswith("\ufffd"):  # a character of several bytes is not whole yet

@@ -117,7 +117,7 @@ def test_streams_travel_to_worker_processes(dataset: tuple[Path, npt.NDArray[np.
     stream.read(0, 10)
     message = pickle.dumps(stream)
     assert len(message) < 500  # the path, not the tokens
-    np.testing.assert_array_equal(pickle.loads(message).read(3, 90), dataset[1][3:93])
+    np.testing.assert_array_equal(pickle.loads(message).read(3, 90), dataset[1][3:93])  # noqa: S301 (our own bytes)
 
 
 def test_writer_refuses_foreign_ids_and_leaves_nothing_after_an_error(tmp_path: Path) -> None:

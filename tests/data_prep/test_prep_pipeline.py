@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,11 @@ def documents_in(output: Path, side: str, source: str) -> list[str]:
 def hashes(output: Path) -> dict[str, str]:
     files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "corpus.yaml")
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def with_rooms() -> dict[str, str]:
+    """An environment in which a script elsewhere finds the rooms."""
+    return {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
 
 
 def write_lines(path: Path, texts: list[str]) -> dict[str, Any]:
@@ -205,6 +211,27 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_prep.encode import encode_batches
+def batches():
+    for _ in range(8):
+        yield ["some text"]
+    os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    list(encode_batches(Path(sys.argv[1]), batches(), workers=2))
+"""
+
+
+def test_workers_end_with_a_killed_parent(corpus: PrepSummary, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "run.py"), str(corpus.output / "tokenizer")]
+    # The workers hold the pipe of standard error: it ends, and `run` returns, when the last of them has gone.
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=with_rooms(), check=False, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+
+
 FULL_DISK = """
 import resource, sys
 from configs.corpus import CorpusConfig
@@ -224,10 +251,7 @@ def test_a_full_disk_is_told_and_cleaned_up(tmp_path: Path, make_config: MakeCon
     (tmp_path / "config.yaml").write_text(make_config(tmp_path / "out").dump())
     (tmp_path / "run.py").write_text(FULL_DISK)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.yaml"), str(limit_bytes)]
-    root = Path(pipeline.__file__).parents[1]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=with_rooms(), check=False)
     assert done.returncode == 1 and "refused found:" in done.stderr and "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

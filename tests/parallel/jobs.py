@@ -1,0 +1,182 @@
+"""What single ranks do in the tests of this folder. Each job starts and ends its process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.run import RunConfig
+from model.glam import GLaM
+from parallel import groups
+from parallel.engine import Engine, MicroBatch
+from pretrain.build import make_topology, materialise
+from pretrain.checkpoint import Checkpoints
+from pretrain.health import fit_to_apply
+from pretrain.state import TrainState
+from slurm.environ import LaunchEnv
+from tests.tiny import token_windows
+
+Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]]
+
+
+@contextmanager
+def engine_on(env: LaunchEnv, config: RunConfig) -> Iterator[Engine]:
+    topology = make_topology(config, env)
+    device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
+    if topology.expert > 1:
+        groups.create_expert_groups(topology)
+    model, placements = materialise(config, topology, device)
+    yield Engine(model, placements, topology, config, device)
+    groups.stop()
+
+
+def batches(engine: Engine, config: RunConfig, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches of the global batch of a step."""
+    windows = token_windows(config, config.train.batch_sequences, seed=100 + step)
+    mine = windows.chunk(engine.topology.data)[engine.topology.data_rank]
+    return [(part[:, :-1], part[:, 1:]) for part in mine.split(config.train.micro_batch_sequences)]
+
+
+def pieces(engine: Engine) -> Pieces:
+    """This rank's boxes of all tensors, copied."""
+    return {
+        name: (tuple(held.global_shape), [(box.offset, box.values.clone()) for box in held.boxes])
+        for name, held in engine.tensors().items()
+    }
+
+
+def assemble(ranks: list[Pieces]) -> dict[str, Tensor]:
+    """Whole tensors from the boxes of all ranks; every element must come from exactly one box."""
+    whole: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+    for rank in ranks:
+        for name, (shape, boxes) in rank.items():
+            tensor = whole.setdefault(name, torch.full(shape, float("nan")))
+            count = written.setdefault(name, torch.zeros(shape, dtype=torch.int))
+            for offset, values in boxes:
+                place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape))
+                tensor[place] = values
+                count[place] += 1
+    assert all((count == 1).all() for count in written.values())
+    return whole
+
+
+def train_job(env: LaunchEnv, config: RunConfig, steps: int, lr: float = 1e-2) -> dict[str, Any]:
+    """Train; returns each step's figures, the pieces after the first and the last step, loads, a held-out loss."""
+    with engine_on(env, config) as engine:
+        figures, first = [], None
+        for step in range(steps):
+            result = engine.train_step(batches(engine, config, step), lr, fit_to_apply)
+            figures.append((result.cross_entropy, result.grad_norm))
+            first = first or pieces(engine)
+        loads = engine.router_loads()
+        evaluated = engine.evaluate(batches(engine, config, 99))
+        return {"figures": figures, "first": first, "last": pieces(engine), "loads": loads, "evaluated": evaluated}
+
+
+def poison_job(env: LaunchEnv, config: RunConfig, bad_rank: int | None, where: str) -> dict[str, Any]:
+    """Step 0 sound, step 1 poisoned on one rank, step 2 sound; without `bad_rank` step 1 is left out."""
+    with engine_on(env, config) as engine:
+        engine.train_step(batches(engine, config, 0), 1e-2, fit_to_apply)
+        before, results = pieces(engine), []
+        if bad_rank is not None:
+            undo = poison(engine.model, where) if env.rank == bad_rank else (lambda: None)
+            results.append(engine.train_step(batches(engine, config, 1), 1e-2, fit_to_apply))
+            undo()
+        after = pieces(engine)
+        results.append(engine.train_step(batches(engine, config, 2), 1e-2, fit_to_apply))
+        return {"before": before, "after": after, "last": pieces(engine), "results": results}
+
+
+def poison(model: GLaM, where: str) -> Callable[[], None]:
+    """Make one gradient, or the loss, not a number; returns how to undo it."""
+    if where == "loss":
+        original = model.norm.forward
+        model.norm.forward = lambda x: original(x) * float("nan")  # type: ignore[method-assign]
+
+        def undo() -> None:
+            model.norm.forward = original  # type: ignore[method-assign]
+
+        return undo
+    block = model.moe_blocks()[0]
+    assert block.moe is not None
+    target = block.moe.experts.up if where == "expert gradient" else block.attention.query.weight
+    return target.register_hook(lambda gradient: gradient * float("inf")).remove
+
+
+def resume_job(env: LaunchEnv, config: RunConfig, folder: str, stop_at: int, steps: int) -> dict[str, Any]:
+    """Go on from the folder's checkpoint if there is one; train to `stop_at` and save; or train to `steps`."""
+    config = config.model_copy(update={"run_dir": folder})
+    with engine_on(env, config) as engine:
+        checkpoints = Checkpoints(config)
+        restored = checkpoints.restore(engine)
+        state = restored[1] if restored else TrainState()
+        figures = []
+        while state.step < (steps if restored else stop_at):
+            result = engine.train_step(batches(engine, config, state.step), 1e-2, fit_to_apply)
+            figures.append((result.cross_entropy, result.grad_norm))
+            state.step += 1
+            state.updates += result.applied
+        if stop_at < steps and not restored:
+            checkpoints.save(engine, state)
+        weights = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+        return {"figures": figures, "pieces": pieces(engine), "weights": weights}
+
+
+def dispatch_job(env: LaunchEnv, config: RunConfig) -> dict[str, Any]:
+    """One mixture-of-experts layer, forward and backward, with its experts on other ranks."""
+    topology = make_topology(config, env)
+    groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
+    groups.create_expert_groups(topology)
+    model, placements = materialise(config, topology, torch.device("cpu"))
+    moe = model.moe_blocks()[0].moe
+    assert moe is not None
+    x = layer_input(config, env.rank).requires_grad_()
+    y, _, _ = moe(x)
+    y.square().sum().backward()
+    experts = {name: parameter.grad for name, parameter in moe.experts.named_parameters()}
+    groups.stop()
+    return {"y": y.detach(), "x": x.grad, "experts": experts, "router": moe.router.weight.grad}
+
+
+def layer_input(config: RunConfig, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(2, config.train.sequence_length, config.model.width, generator=generator)
+
+
+def error_job(env: LaunchEnv, bad_rank: int) -> str:
+    """One rank meets bad input; all must hear of it."""
+    from configs.errors import UserError
+    from parallel.collectives import raise_together
+
+    groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
+    try:
+        raise_together(UserError(f"rank {env.rank}", "e", "r") if env.rank >= bad_rank else None)
+    except UserError as error:
+        groups.stop()
+        return error.found
+    return "nothing"
+
+
+def store_job(env: LaunchEnv, folder: str) -> None:
+    """Save a tensor cut over the ranks, one that is replicated and one that only this rank has."""
+    from parallel import checkpoint_store as store
+    from parallel.fragments import fragment_boxes
+    from parallel.sharding import Placement
+
+    groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
+    whole = torch.arange(105.0).view(7, 5, 3)
+    cuts = [0, 17, 60, 105][: env.world_size] + [105]
+    start, end = cuts[env.rank], cuts[env.rank + 1]
+    tensors = {
+        "cut": fragment_boxes(whole.flatten()[start:end], start, (7, 5, 3), Placement((7, 5, 3), (0, 0, 0), None)),
+        "same": torch.arange(4),
+        f"own/{env.rank}": torch.full((2,), float(env.rank)),
+    }
+    store.save(Path(folder), tensors, {"step": 3})
+    groups.stop()

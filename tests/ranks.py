@@ -1,0 +1,90 @@
+"""Runs a function on N real gloo ranks and hands back what each returned.
+
+Torch and deepspeed are imported once, in a fork server that has used one thread only; each rank is a fork of it, so a
+test on 8 ranks costs the work and not 8 imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT_S = 120.0
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.rank_imports"])
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """Call `function(rank_env, *args)` on every rank; returns the results in order of rank.
+
+    A rank that raises fails the test with its traceback; the others are ended then, not waited for.
+    """
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(num_ranks):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, num_ranks, port, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            process.join(timeout=0 if process.exitcode is None else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank in range(len(pipes)) if rank not in results]
+            raise TimeoutError(f"ranks {missing} did not finish")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]  # noqa: S301 (our own rank's)
+            except EOFError:
+                ok, value = False, "ended without a word"
+            if not ok:
+                raise AssertionError(f"rank {rank}: {value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(pipe: Connection, rank: int, world: int, port: int, function: Any, args: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    from slurm.environ import LaunchEnv
+
+    try:
+        # Plain pickle: multiprocessing's own would pass tensors as files of a process that is about to end.
+        answer = pickle.dumps((True, function(LaunchEnv.read(), *args)))
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)
+    pipe.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
