@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def save(folder: Path, tensors: Tensors, document: dict[str, Any]) -> None:
 def load(folder: Path, tensors: Tensors) -> None:
     """Fill `tensors` in place from a checkpoint of any layout; all ranks call it together."""
     no_dist = not dist.is_initialized()
+    # One process loading alone is no mistake here (`glam generate`).
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     load_planned(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=no_dist)
 
 

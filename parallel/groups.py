@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 import deepspeed
@@ -23,6 +24,8 @@ def start(rank: int, world_size: int, local_rank: int, address: str, port: int, 
     """
     keep_out_of_shared_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # deepspeed 0.19.8 calls a collective that torch 2.13 renames; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -6,6 +6,7 @@ Runs the same under `deepspeed`, `torchrun`, `srun` and plain `python`. Exit cod
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         env = LaunchEnv.read()
         config = RunConfig.load(parsed.config, parsed.overrides)
         # Imported late: a misspelt key is told in half a second, not after torch and deepspeed have come up.
-        from pretrain import loop
-        from pretrain.build import build
+        with contextlib.redirect_stdout(sys.stderr):  # where deepspeed's log is to go; it binds to stdout otherwise
+            from pretrain import loop
+            from pretrain.build import build
 
         with build(config, env) as run:
             return loop.train(run)

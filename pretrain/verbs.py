@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -71,11 +72,12 @@ def train(args: Namespace) -> int:
 
 
 def eval(args: Namespace) -> None:
+    config, folder, model = _load_run(Path(args.run))
+
     from pretrain.build import make_heldout
     from pretrain.data import Sampler, unigram_nats
     from pretrain.evaluate import evaluate_alone
 
-    config, folder, model = _load_run(Path(args.run))
     heldout = make_heldout(config)
     if heldout is None:
         raise UserError(f"{args.run} has no held-out data", "data.heldout in its configuration", "name a folder there")
@@ -99,13 +101,14 @@ def eval(args: Namespace) -> None:
 
 
 def generate(args: Namespace) -> None:
+    config, _, model = _load_run(Path(args.run))
+
     import numpy as np
 
     from data_prep.format import TokenStream
     from data_prep.tokenizer import Tokenizer
     from pretrain.generate import generate as continue_text
 
-    config, _, model = _load_run(Path(args.run))
     stream = TokenStream(config.data.sources[0].path)
     if stream.manifest is None:
         raise UserError(
@@ -141,11 +144,12 @@ def report(args: Namespace) -> None:
 
 def _load_run(run_dir: Path) -> tuple[RunConfig, Path, GLaM]:
     """A run's configuration, its newest checkpoint, and the whole model filled from it, on this process."""
-    import torch
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed binds its log to stdout otherwise, into --json
+        import torch
 
-    from model.glam import GLaM
-    from pretrain.checkpoint import complete_checkpoints, load_weights
-    from pretrain.generate import without_capacity
+        from model.glam import GLaM
+        from pretrain.checkpoint import complete_checkpoints, load_weights
+        from pretrain.generate import without_capacity
 
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"{run_dir} has no config.yaml", "the folder of a run", "check the path")
