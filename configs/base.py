@@ -31,6 +31,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# No setting is a date; a run folder named after the day is text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -39,7 +44,7 @@ _Loader.add_implicit_resolver(
 class Strict(BaseModel):
     """Unknown keys are errors, instances are immutable, defaults are validated too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -67,7 +72,7 @@ class Strict(BaseModel):
         """Validate a plain tree of YAML values; ``where`` names its origin in errors."""
         try:
             # Through JSON, strict mode takes lists for tuples yet refuses "12" for 12 and true for 1.
-            return cls.model_validate_json(json.dumps(tree), strict=True)
+            return cls.model_validate_json(json.dumps(tree, default=repr), strict=True)
         except ValidationError as error:
             faults = "\n          ".join(_explain(cls, detail) for detail in error.errors(include_url=False))
             raise UserError(

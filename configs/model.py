@@ -46,7 +46,9 @@ class AttentionConfig(Strict):
 
     num_heads: int = Field(gt=0)  # H
     head_width: int = Field(gt=0)  # N
-    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention; None: one per head
+    num_kv_heads: int | None = Field(
+        default=None, ge=1
+    )  # fewer than num_heads: grouped-query attention; None: one per head
     qk_norm: bool = False
     position: PositionConfig = RelativeBias()
 

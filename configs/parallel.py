@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ class ParallelConfig(Strict):
     Optimizer state is sharded over data-parallel ranks (ZeRO stage 1); that of experts over their replicas.
     """
 
-    data: int | Literal["auto"] = "auto"  # auto: as many as the launched ranks allow
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # auto: as many as the launched ranks allow
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     expert: int = Field(default=1, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +78,10 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
     heldout = make_heldout(config, multiple=topology.data * config.train.micro_batch_sequences)
     run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(
+            f"run_dir={run_dir} is a file", "a folder, or a name that is free", "set run_dir=... to another"
+        )
     if found := complete_checkpoints(run_dir):
         read_for_model(found[-1], config.model)
     clock.mark("data")
@@ -97,14 +101,22 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         folder, state = restored if restored else (None, TrainState())
         sampler.resume(state.cursor)
         clock.mark("checkpoint")
-        metrics = make_metrics(config, run_dir, state.step) if topology.rank == 0 else None
         heldout_bytes = heldout.text_bytes() if heldout and topology.rank == 0 else None
-        clock.mark("metrics")
-        yield Run(
-            config, engine, sampler, heldout, heldout_bytes, checkpoints, state, folder, metrics, stop, clock.seconds
-        )
-        if metrics:
-            metrics.close()
+        with make_metrics(config, run_dir, state.step) if topology.rank == 0 else nullcontext() as metrics:
+            clock.mark("metrics")
+            yield Run(
+                config,
+                engine,
+                sampler,
+                heldout,
+                heldout_bytes,
+                checkpoints,
+                state,
+                folder,
+                metrics,
+                stop,
+                clock.seconds,
+            )
         groups.stop()
     except BaseException:
         groups.abandon()

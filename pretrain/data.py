@@ -74,19 +74,22 @@ class Sampler:
     def next_batch(self, num_sequences: int) -> list[tuple[str, int]]:
         """Choose the next global batch, (source, sample number) each, and advance.
 
-        Each sample goes to the source that is furthest behind its share, so that realised shares never stray by more
-        than one sample from the weights.
+        Realised counts never stray by a whole sample from the weights (Tijdeman 1980, "The chairman assignment
+        problem"): of the sources that may take a sample without running ahead, the one whose deadline is nearest does.
         """
         names = list(self.sources)
         weight = np.array([self.weights[name] for name in names])
         mixed = np.array([self.cursor.mixed.get(name, 0) for name in names])
         drawn = [self.cursor.drawn.get(name, 0) for name in names]
+        slack = 1 / (2 * len(names) - 2) if len(names) > 1 else 0.0
         chosen = []
-        for count in range(int(mixed.sum()), int(mixed.sum()) + num_sequences):
-            behind = int(np.argmax(weight * (count + 1) - mixed))
-            chosen.append((names[behind], drawn[behind]))
-            mixed[behind] += 1
-            drawn[behind] += 1
+        for count in range(int(mixed.sum()) + 1, int(mixed.sum()) + num_sequences + 1):
+            behind = weight * count - mixed
+            deadline = np.where(behind >= slack - 1e-9, (mixed + 1 - slack) / weight, np.inf)
+            source = int(np.argmin(deadline))
+            chosen.append((names[source], drawn[source]))
+            mixed[source] += 1
+            drawn[source] += 1
         self.cursor.mixed = dict(zip(names, mixed.tolist()))
         self.cursor.drawn.update(zip(names, drawn))
         return chosen

@@ -51,5 +51,5 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
         return int(logits_V.argmax())
     probs, order = (logits_V / temperature).softmax(-1).sort(descending=True)
     # A token stays if the mass before it is still short of top_p; the first always stays.
-    probs[probs.cumsum(0) - probs >= top_p] = 0
+    probs[1:][(probs.cumsum(0) - probs)[1:] >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=generator)])

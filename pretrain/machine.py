@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import psutil
 import torch
 
 from configs.errors import UserError
+from configs.parallel import ParallelConfig
 from configs.run import PRESETS, RunConfig, layout_faults
 from pretrain import budget
 
@@ -60,17 +61,21 @@ def required_ranks(config: RunConfig, world_size: int) -> int:
 
 
 def largest_preset_that_fits(world_size: int, bytes_there: int) -> str | None:
-    """Path of the shipped preset with most parameters that trains on these ranks, as it stands."""
+    """Arguments for the shipped preset with most parameters that trains on these ranks, experts spread over them."""
     best: tuple[int, str] | None = None
     for path in sorted(PRESETS.glob("*.yaml")):
         if path.name.startswith("corpus"):
             continue
         preset = RunConfig.load(path)
-        if layout_faults(preset, world_size) or budget.bytes_per_rank(preset, world_size).total > bytes_there:
+        num_experts = preset.model.moe.num_experts if preset.model.moe else 1
+        expert = math.gcd(num_experts, world_size)
+        spread = preset.model_copy(update={"parallel": ParallelConfig(expert=expert)})
+        if layout_faults(spread, world_size) or budget.bytes_per_rank(spread, world_size).total > bytes_there:
             continue
         size = budget.parameters(preset.model).total
         if best is None or size > best[0]:
-            best = (size, str(Path(PRESETS.name) / path.name))
+            changed = "" if expert == preset.parallel.expert else f" parallel.expert={expert}"
+            best = (size, f"{PRESETS.name}/{path.name}{changed}")
     return best[1] if best else None
 
 

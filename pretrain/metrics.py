@@ -32,7 +32,7 @@ class Metrics:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -57,11 +57,11 @@ class Metrics:
         """The live line of a terminal, or a line of a log file."""
         self._progress.update(self._task, completed=step, shown=line)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}  {line}", highlight=False, soft_wrap=True)
+            self._console.print(f"step {step}  {line}", highlight=False, soft_wrap=True, markup=False)
 
     def say(self, message: str) -> None:
         """A line that stays."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self._console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         self._progress.stop()

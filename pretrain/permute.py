@@ -20,7 +20,8 @@ class KeyedPermutation:
         self.n = n
         self.half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
         self.mask = (1 << self.half_bits) - 1
-        self.keys = [f"{key}/{number}".encode() for number in range(ROUNDS)]
+        # Hashed, as a key longer than 64 bytes would lose its end.
+        self.keys = [hashlib.blake2b(f"{key}/{number}".encode()).digest() for number in range(ROUNDS)]
 
     def __call__(self, position: int) -> int:
         """Element at `position`, 0 <= position < n."""
@@ -34,6 +35,6 @@ class KeyedPermutation:
     def _encrypt(self, value: int) -> int:
         left, right = value >> self.half_bits, value & self.mask
         for key in self.keys:
-            digest = hashlib.blake2b(right.to_bytes(8, "little"), key=key[:64], digest_size=8).digest()
+            digest = hashlib.blake2b(right.to_bytes(8, "little"), key=key, digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "little") & self.mask)
         return (left << self.half_bits) | right

@@ -38,11 +38,10 @@ def plot_run(run_dir: Path) -> Path:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    for event in (r for r in records if r["kind"] == "event"):
+    marks = {"resumed": ":", "skipped": "-"}
+    for event in (r for r in records if r["kind"] == "event" and r["event"] in marks):
         for axis in axes.flat:
-            axis.axvline(
-                event["step"], color="grey", linestyle=":" if event["event"] == "resumed" else "-", linewidth=0.8
-            )
+            axis.axvline(event["step"], color="grey", linestyle=marks[event["event"]], linewidth=0.8)
     figure.suptitle(f"{run_dir.name}   (dotted: resumed, solid grey: step skipped)")
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=110)

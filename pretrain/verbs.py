@@ -6,9 +6,8 @@ import contextlib
 import json
 import math
 import sys
-from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from model.glam import GLaM
 
 
-def plan(args: Namespace) -> None:
+def plan(args: Any) -> None:
     config = RunConfig.load(args.config, args.overrides)
     p = config.parallel
     fewest = max(p.tensor * p.pipeline, -(-p.expert // p.tensor) * p.tensor * p.pipeline)
@@ -59,19 +58,19 @@ def plan(args: Namespace) -> None:
     Console().print(table)
 
 
-def prep(args: Namespace) -> None:
+def prep(args: Any) -> None:
     from data_prep.pipeline import prepare
 
     prepare(CorpusConfig.load(args.config, args.overrides), Console())
 
 
-def train(args: Namespace) -> int:
+def train(args: Any) -> int:
     from pretrain.main import main
 
     return main(["--config", args.config, *args.overrides])
 
 
-def eval(args: Namespace) -> None:
+def eval(args: Any) -> None:
     config, folder, model = _load_run(Path(args.run))
 
     from pretrain.build import make_heldout
@@ -100,7 +99,15 @@ def eval(args: Namespace) -> None:
     Console().print(table)
 
 
-def generate(args: Namespace) -> None:
+def generate(args: Any) -> None:
+    if args.temperature < 0 or not 0 <= args.top_p <= 1:
+        raise UserError(
+            f"temperature {args.temperature}, top-p {args.top_p}",
+            "a temperature of at least 0 and a top-p between 0 and 1",
+            "0.8 and 0.95 are the defaults",
+        )
+    if not args.prompt:
+        raise UserError("an empty prompt", "at least one token to continue", "pass some text to --prompt")
     config, _, model = _load_run(Path(args.run))
 
     import numpy as np
@@ -116,8 +123,6 @@ def generate(args: Namespace) -> None:
         )
     tokenizer = Tokenizer(stream.folder / stream.manifest.tokenizer)
     prompt = tokenizer.encode(args.prompt).tolist()
-    if not prompt:
-        raise UserError("an empty prompt", "at least one token to continue", "pass some text to --prompt")
     sys.stdout.write(args.prompt)
     ids: list[int] = []
     shown = len(tokenizer.decode(np.array(prompt)))
@@ -133,7 +138,7 @@ def generate(args: Namespace) -> None:
     print()
 
 
-def report(args: Namespace) -> None:
+def report(args: Any) -> None:
     from pretrain.report import plot_run
 
     run = Path(args.run)

@@ -44,36 +44,57 @@ class LaunchEnv:
 
     @classmethod
     def _from_torch(cls, env: Mapping[str, str]) -> LaunchEnv:
-        launcher = "deepspeed or torchrun"
-        rank, world = _number(env, "RANK", launcher), _number(env, "WORLD_SIZE", launcher)
-        local_rank = _number(env, "LOCAL_RANK", launcher) if "LOCAL_RANK" in env else 0
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-        if not 0 <= rank < world:
-            raise UserError(f"RANK={rank}, WORLD_SIZE={world}", "0 <= RANK < WORLD_SIZE", "unset stale variables")
-        port = _number(env, "MASTER_PORT", launcher) if "MASTER_PORT" in env else 29500
-        return cls(rank, world, local_rank, local_world, env.get("MASTER_ADDR", "127.0.0.1"), port, launcher)
+        local_size = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # torchrun's, deepspeed's
+        rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        return cls(
+            rank,
+            world,
+            _number(env, "LOCAL_RANK", default=0),
+            _number(env, local_size, default=world),
+            env.get("MASTER_ADDR", "127.0.0.1"),
+            _number(env, "MASTER_PORT", default=29500),
+            "deepspeed or torchrun",
+        )._checked("RANK", "WORLD_SIZE", local_size)
 
     @classmethod
     def _from_srun(cls, env: Mapping[str, str]) -> LaunchEnv:
-        rank = _number(env, "SLURM_PROCID", "srun")
-        world = int(env.get("SLURM_STEP_NUM_TASKS") or _number(env, "SLURM_NTASKS", "srun"))
-        local_rank = _number(env, "SLURM_LOCALID", "srun")
+        size = "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+        world = _number(env, size)
         # "2(x3),1": three nodes with two tasks each, then one with one.
         tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")))
-        local_world = int(tasks.group()) if tasks else world
-        addr = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
-        port = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
-        return cls(rank, world, local_rank, local_world, addr, port, "srun")
+        return cls(
+            _number(env, "SLURM_PROCID"),
+            world,
+            _number(env, "SLURM_LOCALID"),
+            int(tasks.group()) if tasks else world,
+            env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1",
+            _number(env, "MASTER_PORT", default=20000 + _number(env, "SLURM_JOB_ID", default=0) % 20000),
+            "srun",
+        )._checked("SLURM_PROCID", size, "tasks per node")
+
+    def _checked(self, rank: str, size: str, local_size: str) -> LaunchEnv:
+        if not 0 <= self.rank < self.world_size:
+            raise _stale(f"{rank}={self.rank}, {size}={self.world_size}", f"0 <= {rank} < {size}")
+        # srun tells the first node's number of tasks; another may have more, so there a rank beyond it is no error.
+        if self.local_world_size < 1 or (self.launcher != "srun" and self.local_rank >= self.local_world_size):
+            found = f"LOCAL_RANK={self.local_rank}, {local_size}={self.local_world_size}"
+            raise _stale(found, f"0 <= LOCAL_RANK < {local_size}")
+        if not 0 < self.master_port < 65536:
+            raise _stale(f"MASTER_PORT={self.master_port}", "a port between 1 and 65535")
+        return self
 
 
-def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+def _stale(found: str, expected: str) -> UserError:
+    remedy = "start through deepspeed, torchrun, srun or plain python, and unset stale variables"
+    return UserError(f"{found} in the environment", expected, remedy)
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     value = env.get(name)
-    if value is None or not value.strip().isdigit():
-        raise UserError(
-            f"{name}={value!r} in the environment of a process started by {launcher}",
-            f"{name} to be a number",
-            "start through deepspeed, torchrun, srun or plain python, and unset stale variables",
-        )
+    if not value and default is not None:
+        return default
+    if value is None or not re.fullmatch(r"[0-9]+", value.strip()):
+        raise _stale(f"{name}={value!r}", f"{name} to be a number")
     return int(value)
 
 

@@ -140,7 +140,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         ({**SRUN, "SLURM_PROCID": "7"}, ("SLURM_PROCID=7", "7")),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, ("SLURM_STEP_NUM_TASKS='many'",)),
         ({**SRUN, "MASTER_PORT": "http"}, ("MASTER_PORT='http'",)),
-        ({**SRUN, "SLURM_JOB_ID": "12_3"}, ("SLURM_JOB_ID='12_3'",)),
+        ({**SRUN, "SLURM_JOB_ID": "x"}, ("SLURM_JOB_ID='x'",)),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
