@@ -36,6 +36,11 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] not in ("timestamp", "binary", "set", "omap", "pairs")
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -72,7 +77,7 @@ class Strict(BaseModel):
         """Validate a plain tree of YAML values; ``where`` names its origin in errors."""
         try:
             # Through JSON, strict mode takes lists for tuples yet refuses "12" for 12 and true for 1.
-            return cls.model_validate_json(json.dumps(tree, default=repr), strict=True)
+            return cls.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             faults = "\n          ".join(_explain(cls, detail) for detail in error.errors(include_url=False))
             raise UserError(

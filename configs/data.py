@@ -20,4 +20,4 @@ class DataConfig(Strict):
 
     sources: tuple[DataSource, ...] = Field(min_length=1)
     heldout: tuple[str, ...] = ()
-    seed: int = 0  # keys the order of samples
+    seed: int = Field(default=0, ge=0, lt=2**32)  # keys the order of samples

@@ -65,7 +65,7 @@ class TrainConfig(Strict):
     save_every_steps: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
     stop_after_steps: int | None = Field(default=None, ge=1)  # save and leave with exit code 3 after so many this time
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @property
     def batch_sequences(self) -> int:

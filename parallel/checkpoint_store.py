@@ -182,6 +182,7 @@ class _Writer(StorageWriter):
             # Boxes are views of one flat buffer, which safetensors refuses to take apart itself.
             tensors = {_key(item.index): _resolve(planner, item).detach().cpu().clone() for item in items}
             save_file(tensors, self.folder / name)
+            os.chmod(self.folder / name, 0o644)  # safetensors leaves 0600: a group could not resume its own run
             entry = {"file": name, "bytes": _sync(self.folder / name), "sha256": _sha256(self.folder / name)}
             results += [WriteResult(item.index, tensors[_key(item.index)].nbytes, entry) for item in items]
         done: Future[list[WriteResult]] = Future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -78,10 +79,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
     heldout = make_heldout(config, multiple=topology.data * config.train.micro_batch_sequences)
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(
-            f"run_dir={run_dir} is a file", "a folder, or a name that is free", "set run_dir=... to another"
-        )
+    refuse_unwritable(run_dir)
     if found := complete_checkpoints(run_dir):
         read_for_model(found[-1], config.model)
     clock.mark("data")
@@ -162,6 +160,17 @@ def make_heldout(config: RunConfig, multiple: int = 1) -> HeldOut | None:
         sizes = {s.name: s.stream.vocab_size for s in heldout.sources}
         check_vocabulary(sizes, config.model.vocab_size)
     return heldout
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Said before the ranks meet, as later only rank 0 would notice."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run_dir={run_dir}: {there} is no folder that can be written",
+            "a folder, or a place for one",
+            "mend its permissions, or set run_dir=... to another",
+        )
 
 
 def make_metrics(config: RunConfig, run_dir: Path, from_step: int) -> Metrics:

@@ -164,12 +164,15 @@ def check_vocabulary(sizes: dict[str, int | None], model_vocab_size: int) -> Non
 
 
 def unigram_nats(sampler: Sampler, heldout: HeldOut, vocab_size: int, max_tokens: int = 20_000_000) -> float:
-    """The order-0 baseline: cross-entropy, nats a token, of token frequencies in the training sources on the held-out
+    """The order-0 baseline: cross-entropy, nats a token, of token frequencies in the training mixture on the held-out
     labels, with one count added to each entry. Reads at most `max_tokens` of each source."""
-    counts = np.ones(vocab_size)
+    counts, read = np.ones(vocab_size), 0.0
+    frequencies = np.zeros(vocab_size)
     for name, source in sampler.sources.items():
         tokens = source.stream.read(0, min(source.stream.num_tokens, max_tokens))
-        counts += sampler.weights[name] * np.bincount(tokens, minlength=vocab_size)
+        frequencies += sampler.weights[name] * np.bincount(tokens, minlength=vocab_size) / len(tokens)
+        read += len(tokens)
+    counts += frequencies * read
     log_probs = np.log(counts / counts.sum())
     return float(-log_probs[heldout.read()[:, 1:]].mean())
 

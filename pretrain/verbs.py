@@ -123,6 +123,10 @@ def generate(args: Any) -> None:
         )
     tokenizer = Tokenizer(stream.folder / stream.manifest.tokenizer)
     prompt = tokenizer.encode(args.prompt).tolist()
+    if not prompt:  # a foreign tokenizer may drop what was given
+        raise UserError(
+            f"a prompt without tokens: {args.prompt!r}", "at least one token", "pass other text to --prompt"
+        )
     sys.stdout.write(args.prompt)
     ids: list[int] = []
     shown = len(tokenizer.decode(np.array(prompt)))
@@ -139,16 +143,20 @@ def generate(args: Any) -> None:
 
 
 def report(args: Any) -> None:
-    from pretrain.report import plot_run
-
     run = Path(args.run)
     if not (run / "metrics.jsonl").exists():
         raise UserError(f"{run} has no metrics.jsonl", "the folder of a run that has started", "check the path")
+
+    from pretrain.report import plot_run
+
     print(plot_run(run))
 
 
 def _load_run(run_dir: Path) -> tuple[RunConfig, Path, GLaM]:
     """A run's configuration, its newest checkpoint, and the whole model filled from it, on this process."""
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"{run_dir} has no config.yaml", "the folder of a run", "check the path")
+
     with contextlib.redirect_stdout(sys.stderr):  # deepspeed binds its log to stdout otherwise, into --json
         import torch
 
@@ -156,8 +164,6 @@ def _load_run(run_dir: Path) -> tuple[RunConfig, Path, GLaM]:
         from pretrain.checkpoint import complete_checkpoints, load_weights
         from pretrain.generate import without_capacity
 
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"{run_dir} has no config.yaml", "the folder of a run", "check the path")
     config = RunConfig.load(run_dir / "config.yaml")
     found = complete_checkpoints(run_dir)
     if not found:
