@@ -2,7 +2,8 @@
 
 Linear weights: normal with sigma = fan_in^-0.5; those that write to the residual stream are divided by sqrt(2L)
 (GPT-2). Embedding: D^-0.5, so that logits start near unit variance with tied weights, and small beside what the blocks
-add, so that a tied model does not start by predicting its own input. Router: sigma = sqrt(0.1 / fan_in) (Switch, arXiv:2101.03961, sec. 2.4); Shazeer's start at zero.
+add, so that a tied model does not start by predicting its own input. Router: sigma = sqrt(0.1 / fan_in) (Switch,
+arXiv:2101.03961, sec. 2.4); Shazeer's start at zero.
 """
 
 from __future__ import annotations

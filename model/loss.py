@@ -50,20 +50,26 @@ class _ChunkedLoss(Function):
         start = 0
         for hidden, label in zip(hidden_TD.chunk(num_chunks), label_T.chunk(num_chunks)):
             logits = F.linear(hidden, weight_VD).to(total.dtype)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, label[:, None])).sum()
+            # Softmax by hand: one pass of exp gives the normaliser and, scaled, the gradient.
+            largest = logits.amax(-1, keepdim=True)
+            label_logit = logits.gather(-1, label[:, None])
+            exps = logits.sub_(largest).exp_()
+            sums = exps.sum(-1, keepdim=True)
+            normaliser = largest + sums.log()
+            total += (normaliser - label_logit).sum()
             z_total += normaliser.square().sum()
             if with_grad:
                 # d/dlogits of (cross-entropy + z_coef * logsumexp^2) = softmax * (1 + 2 z_coef logsumexp) - one hot
-                probs = logits.sub_(normaliser).exp_()
-                if z_coef:
-                    probs.mul_(1 + 2 * z_coef * normaliser)
-                probs.scatter_add_(-1, label[:, None], probs.new_full((len(label), 1), -1.0))
-                grad_logits = probs.mul_(1 / len(label_T)).to(hidden_TD.dtype)
+                grad = exps.mul_((1 + 2 * z_coef * normaliser) / (sums * len(label_T)))
+                grad.scatter_add_(-1, label[:, None], grad.new_full((len(label), 1), -1 / len(label_T)))
+                grad_logits = grad.to(hidden_TD.dtype)
                 assert grad_hidden is not None
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[start : start + len(label)])
-                product = grad_logits.t().mm(hidden)
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad_logits.t(), hidden)
+                else:
+                    product = grad_logits.t().mm(hidden)
+                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
             start += len(label)
         if with_grad:
             assert grad_weight is not None

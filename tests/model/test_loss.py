@@ -30,8 +30,11 @@ def test_chunked_loss_gradcheck() -> None:
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (5,))
-    check = torch.autograd.gradcheck(lambda h, w: language_model_loss(h, w, labels, 0.1, 2 * 7 * 4)[0], (hidden, weight))
-    assert check
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return language_model_loss(hidden, weight, labels, 0.1, 2 * 7 * 4)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
 def test_bf16_gradients_are_summed_in_float32() -> None:
