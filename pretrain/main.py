@@ -17,7 +17,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from configs.errors import EXIT_BAD_INPUT, UserError
 from configs.run import RunConfig
-from pretrain.cli import train_arguments
+from pretrain.arguments import train_arguments
 from slurm.environ import LaunchEnv
 
 

@@ -8,5 +8,5 @@ import torch
 
 torch.set_num_threads(1)
 
-import pretrain.build
-import pretrain.loop  # noqa: F401
+import pretrain.build  # noqa: E402
+import pretrain.loop  # noqa: E402, F401

@@ -41,7 +41,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "datasets": ("data_prep/",),
     "mpi4py": ("data_prep/",),
     "subprocess": ("slurm/submit.py",),
-    "argparse": ("pretrain/cli.py",),
+    "argparse": ("pretrain/arguments.py",),
     "signal": ("pretrain/stop_signals.py",),
     "torch.utils.tensorboard": ("pretrain/metrics.py",),
     "wandb": ("pretrain/metrics.py",),

@@ -46,10 +46,7 @@ def loop_routing(logits_BSE: Tensor, spec: TopKRouter) -> dict[tuple[int, int], 
 
 def as_dict(routing: Routing) -> dict[tuple[int, int], float]:
     kept = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.kept_TK is None else routing.kept_TK
-    return {
-        (t, int(routing.expert_TK[t, k])): float(routing.weight_TK[t, k])
-        for t, k in kept.nonzero().tolist()
-    }
+    return {(t, int(routing.expert_TK[t, k])): float(routing.weight_TK[t, k]) for t, k in kept.nonzero().tolist()}
 
 
 @settings(max_examples=40, deadline=None)

@@ -133,7 +133,7 @@ def dispatch_job(env: LaunchEnv, config: RunConfig) -> dict[str, Any]:
     topology = make_topology(config, env)
     groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
     groups.create_expert_groups(topology)
-    model, placements = materialise(config, topology, torch.device("cpu"))
+    model, _ = materialise(config, topology, torch.device("cpu"))
     moe = model.moe_blocks()[0].moe
     assert moe is not None
     x = layer_input(config, env.rank).requires_grad_()
@@ -171,7 +171,7 @@ def store_job(env: LaunchEnv, folder: str) -> None:
 
     groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
     whole = torch.arange(105.0).view(7, 5, 3)
-    cuts = [0, 17, 60, 105][: env.world_size] + [105]
+    cuts = [*[0, 17, 60, 105][: env.world_size], 105]
     start, end = cuts[env.rank], cuts[env.rank + 1]
     tensors = {
         "cut": fragment_boxes(whole.flatten()[start:end], start, (7, 5, 3), Placement((7, 5, 3), (0, 0, 0), None)),

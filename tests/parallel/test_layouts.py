@@ -106,7 +106,9 @@ def run(num_ranks: int, *overrides: str) -> tuple[RunConfig, list[dict[str, Any]
         (4, 4, 2, "capacity", ("train.recompute=true",)),
     ],
 )
-def test_layout_equals_plain_pytorch(ranks: int, expert: int, micro_batch: int, kind: str, more: tuple[str, ...]) -> None:
+def test_layout_equals_plain_pytorch(
+    ranks: int, expert: int, micro_batch: int, kind: str, more: tuple[str, ...]
+) -> None:
     overrides = (*MODELS[kind], f"parallel.expert={expert}", f"train.micro_batch_sequences={micro_batch}", *more)
     compare(run(ranks, *overrides)[1], oracle(kind))
 

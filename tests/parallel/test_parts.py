@@ -109,6 +109,6 @@ def test_one_ranks_error_reaches_all() -> None:
 
 
 def test_upstream_still_needs_to_be_kept_out_of_shared_memory() -> None:
-    """Red when deepspeed drops the operator or moves the table: then `keep_out_of_shared_memory` can go or must move."""
+    """Red when deepspeed drops the operator or moves the table: then `keep_out_of_shared_memory` goes or moves."""
     groups.keep_out_of_shared_memory()
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__

@@ -1,0 +1,77 @@
+"""Arguments of pretrain/main.py and of `glam`. The only file that parses any."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+OVERRIDES_HELP = "changes to the file, as section.key=value (YAML values), e.g. train.steps=100 model.moe=null"
+
+
+def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of pretrain/main.py."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain/main.py",
+        description="Train a model; a run folder that holds a checkpoint goes on from it.",
+        epilog="example: deepspeed --num_accelerators 2 pretrain/main.py --config configs/demo.yaml train.steps=200",
+    )
+    parser.add_argument("--config", required=True, help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(arguments)
+
+
+def glam_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="glam", description="Pretrain GLaM-like sparse language models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+
+    plan = verb(
+        "plan",
+        "Parameters, FLOPs and bytes per rank of a configuration, without devices.",
+        "glam plan configs/glam.yaml --json",
+    )
+    plan.add_argument("config")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    plan.add_argument("--ranks", type=int, help="ranks where parallel.data is auto (default: the fewest that carry it)")
+    plan.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+    prep = verb(
+        "prep", "Make a tokenizer and token shards from raw text.", "glam prep configs/corpus_demo.yaml workers=4"
+    )
+    prep.add_argument("config")
+    prep.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+
+    train = verb(
+        "train",
+        "Train on this process alone (several ranks: start pretrain/main.py with a launcher).",
+        "glam train configs/demo.yaml parallel.expert=1",
+    )
+    train.add_argument("config")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+
+    evaluate = verb(
+        "eval",
+        "Held-out loss and bits per byte of a run's newest checkpoint, beside an order-0 baseline.",
+        "glam eval runs/demo",
+    )
+    evaluate.add_argument("run", help="a run folder")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+    generate = verb(
+        "generate",
+        "Continue a text with a run's newest checkpoint.",
+        "glam generate runs/demo --prompt 'def main():' --max-tokens 100",
+    )
+    generate.add_argument("run", help="a run folder")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-tokens", type=int, default=120)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
+    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--seed", type=int, default=0)
+
+    report = verb("report", "Draw a run's curves into RUN/loss.png.", "glam report runs/demo")
+    report.add_argument("run", help="a run folder")
+    return parser
