@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spec = size(report.size_of(parsed))
     if parsed.memory_of:
         with report.output_kept_clean():
-            found = _measure_memory(*parsed.memory_of, spec, device)
+            name, case_name, dtype = parsed.memory_of
+            found = _measure_memory(name, case_name, dtype, spec, device)
         print(found)
         return 0
     result = report.Report("moe_layer", report.size_of(parsed), report.machine_facts(device, parsed))
@@ -91,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (
             f"{spec.tokens} tokens, width {spec.width}, experts of {4 * spec.width}, top-{K}, forward + backward; "
             "x dense: of the dense layer of the same kind, gated or not.",
-            "load: choices of the fullest expert over the mean. peak MB: held at the fullest beyond input, weights and their gradients. difference: largest of the output "
-            "from ours, x its root mean square; in bf16 peers that score in bf16 send near ties elsewhere.",
+            "load: choices of the fullest expert over the mean. peak MB: held at the fullest beyond input, weights and "
+            "their gradients. difference: largest of the output from ours, x its root mean square; in bf16 without "
+            "the tenth of the tokens that differs most (near ties).",
         )
     )
     result.print(parsed.json, COLUMNS)
@@ -111,30 +113,45 @@ def _measure_case(
     rows: dict[str, dict[str, report.Figure]] = {}
     load = round(_load(x_TD, weights[wanted[0].gated].router_ED), 2)
     for candidate in wanted:
-        row: dict[str, report.Figure] = {"case": f"{case.name} {dtype}", "dtype": dtype, "candidate": candidate.name, "load": load}
+        row: dict[str, report.Figure] = {
+            "case": f"{case.name} {dtype}",
+            "dtype": dtype,
+            "candidate": candidate.name,
+            "load": load,
+        }
         rows[candidate.name] = row
         try:
             layer = candidate.build(weights[candidate.gated])
             output = layer(x_TD)[0].detach()
         except Exception as error:  # a peer that cannot run here must not end the comparison of the others
-            row["note"] = f"did not run: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            row["note"] = (
+                f"did not run: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            )
             continue
         steps[candidate.name] = _step(layer, x_TD, grad_TD)
         if candidate.name.startswith("ours"):
             references[candidate.gated] = output
             row["target"] = case.target
         elif candidate.dropless and candidate.gated in references:
-            reference = references[candidate.gated].float()
-            difference = (output.float() - reference).abs().max() / reference.square().mean().sqrt()
-            row["difference"] = float(difference)
-            if dtype == "float32" and difference > 1e-3:
+            difference = _difference(output.float(), references[candidate.gated].float(), dtype)
+            row["difference"] = difference
+            if difference > (1e-3 if dtype == "float32" else 0.2):
                 row["note"] = "differs from ours"
-    times = paired_times(steps, report.rounds_for(parsed, {report.size_of(parsed): spec.rounds}), device, 1, spec.limit_s)
+    times = paired_times(
+        steps, report.rounds_for(parsed, {report.size_of(parsed): spec.rounds}), device, 1, spec.limit_s
+    )
     memory = {} if parsed.no_memory else _memory(case, dtype, spec, parsed, device, steps, [c.name for c in wanted])
     for candidate in wanted:
         if candidate.name in steps:
             rows[candidate.name].update(_figures(candidate, times, memory))
     return list(rows.values())
+
+
+def _difference(output_TD: Tensor, reference_TD: Tensor, dtype: str) -> float:
+    """Largest difference x the root mean square of the reference. In bf16 over the 9 tokens of 10 that agree best:
+    peers that score experts in bf16 send some near ties elsewhere."""
+    worst_T = (output_TD - reference_TD).abs().amax(1) / reference_TD.square().mean().sqrt()
+    return float(worst_T.quantile(0.9 if dtype == "bf16" else 1.0))
 
 
 def _figures(candidate: Candidate, times: Times, memory: dict[str, int]) -> dict[str, report.Figure]:

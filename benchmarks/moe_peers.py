@@ -92,9 +92,7 @@ class Dense(Layer):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
-        config = FeedForwardConfig(
-            width=K * weights.ffn_width, activation="gelu", gated=weights.gate_EFD is not None
-        )
+        config = FeedForwardConfig(width=K * weights.ffn_width, activation="gelu", gated=weights.gate_EFD is not None)
         self.ffn = FeedForward(weights.width, config).to(weights.device, weights.dtype)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
@@ -129,9 +127,7 @@ class DeepSpeedMoE(Layer):
         _start_process_group()
         from deepspeed.moe.layer import MoE as Peer
 
-        expert = FeedForward(
-            weights.width, FeedForwardConfig(width=weights.ffn_width, activation="gelu", gated=False)
-        )
+        expert = FeedForward(weights.width, FeedForwardConfig(width=weights.ffn_width, activation="gelu", gated=False))
         self.moe = Peer(
             weights.width,
             expert,
@@ -165,7 +161,15 @@ class DeepSpeedAutoEP(Layer):
         from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 
         self.router = TokenChoiceTopKRouter(
-            weights.width, weights.num_experts, None, None, K, "softmax", route_norm=True, route_scale=1.0, gate_bias=False
+            weights.width,
+            weights.num_experts,
+            None,
+            None,
+            K,
+            "softmax",
+            route_norm=True,
+            route_scale=1.0,
+            gate_bias=False,
         ).to(weights.device, weights.dtype)
         self.experts = GroupedExperts(
             weights.width, weights.ffn_width, weights.num_experts, use_grouped_mm=True, activation="geglu_tanh"
