@@ -24,7 +24,8 @@ demo: install
 	@echo "== 1/6 Python's own library -> tokenizer and token shards"
 	@$(BIN)/glam prep configs/corpus_demo.yaml
 	@echo "== 2/6 train on 2 ranks, experts spread over both; stop half-way on purpose"
-	@$(TRAIN) train.stop_after_steps=300; code=$$?; test $$code -eq 0 -o $$code -eq 3 || exit $$code
+	@$(TRAIN) train.stop_after_steps=250; code=$$?; test $$code -eq 0 -o $$code -eq 3 || exit $$code; \
+		echo "(exit code $$code: 3 means stopped on request, state saved)"
 	@echo "== 3/6 the same command again: resume from the sharded checkpoint and finish"
 	@$(TRAIN)
 	@echo "== 4/6 held-out text, against the frequencies of the same tokens"

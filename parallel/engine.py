@@ -119,6 +119,8 @@ class Engine:
     # ---- evaluation -----------------------------------------------------------------------------------------------
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy in nats a token over the micro-batches of all ranks, each rank passing equally many."""
+        # DeepSpeed switches the layers it was given, but the loss belongs to the whole model.
+        self.model.eval()
         loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
         self.model.train()
         return float(loss)

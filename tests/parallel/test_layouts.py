@@ -54,9 +54,14 @@ def oracle(model_kind: str) -> dict[str, Any]:
         optimizer.step()
         figures.append((model.cross_entropies[0].item(), norm.item()))
         first = first or {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model.eval()
+        windows = token_windows(config, config.train.batch_sequences, seed=100 + 99)
+        logits = model(windows[:, :-1])
+        evaluated = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     loads = {layer: block.totals.reports[-1].load_E for layer, block in model.moe_blocks().items()}
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return {"figures": figures, "gradients": first, "weights": weights, "loads": loads}
+    return {"figures": figures, "gradients": first, "weights": weights, "loads": loads, "evaluated": evaluated}
 
 
 def compare(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
@@ -66,6 +71,8 @@ def compare(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
     for (loss, norm), (wanted_loss, wanted_norm) in zip(found[0]["figures"], wanted["figures"]):
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         assert norm == pytest.approx(wanted_norm, rel=1e-5)
+    # The cross-entropy alone, without the z-loss that training adds; after three steps of rounding.
+    assert found[0]["evaluated"] == pytest.approx(wanted["evaluated"], rel=1e-4)
     # After one step the first moment is (1 - beta1) x the clipped gradient: the gradient itself, tensor by tensor.
     gradients = assemble([rank["first"] for rank in found])
     for name, gradient in wanted["gradients"].items():
