@@ -46,7 +46,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "small",
         "run_dir": str(folder / "run"),
         "model": {
-            "vocab_size": 512, "lm_z_coef": 0.01, "num_layers": 2, "width": 32, "attention": {"num_heads": 2, "head_width": 16},
+            "vocab_size": 512, "lm_z_coef": 0.01,
+            "num_layers": 2, "width": 32, "attention": {"num_heads": 2, "head_width": 16},
             "ffn": {"width": 64},
             "moe": {"num_experts": 4, "expert": {"width": 48}, "router": {"kind": "topk"}},
         },
