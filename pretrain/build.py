@@ -22,7 +22,7 @@ from parallel.sharding import Placement, cut
 from parallel.topology import Topology
 from pretrain.checkpoint import Checkpoints, complete_checkpoints, read_for_model
 from pretrain.data import HeldOut, Sampler, check_vocabulary
-from pretrain.machine import refuse_if_too_small
+from pretrain.machine import keep_freed_memory, refuse_if_too_small
 from pretrain.metrics import Metrics
 from pretrain.state import TrainState
 from pretrain.stop_signals import StopRequest
@@ -75,6 +75,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     refuse_if_too_small(config, env.world_size, env.local_world_size)
     topology = make_topology(config, env)
     _share_cores(env)
+    keep_freed_memory()
     sampler = Sampler(config.data, config.train.sequence_length)
     check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
     heldout = make_heldout(config, multiple=topology.data * config.train.micro_batch_sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import psutil
@@ -18,6 +19,18 @@ def memory_per_rank(local_world_size: int) -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, f"{torch.cuda.get_device_name(0)} memory"
     return psutil.virtual_memory().total // local_world_size, "main memory, no GPU"
+
+
+def keep_freed_memory() -> None:
+    """On a CPU with glibc, let the allocator keep what is freed instead of handing it back to the system.
+
+    A step's large activations are otherwise mapped, zeroed and unmapped anew each time: 15-20% of a step. Resident
+    memory stays at its peak, which a training run reaches at every step anyway.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not torch.cuda.is_available():
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut
 
 
 def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: int) -> None:
