@@ -23,12 +23,11 @@ def train(run: Run) -> int:
     state, steps, device = run.state, run.config.train.steps, run.engine.device
     announce(run)
     last_step = min(steps, state.step + (run.config.train.stop_after_steps or steps))
-    clock = time.perf_counter()
     while state.step < last_step:
+        began = time.perf_counter()
         lr = learning_rate(state.step, run.config.train)
         result = run.engine.train_step(next_micro_batches(run), lr, fit_to_apply)
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
+        seconds = time.perf_counter() - began  # of the step alone: evaluations and saves have records of their own
         state.step += 1
         state.updates += result.applied
         state.tokens += run.config.train.batch_tokens
@@ -48,7 +47,6 @@ def train(run: Run) -> int:
         if stopping:
             run.say(f"stopped after step {state.step} of {steps} ({run.stop.name or 'train.stop_after_steps'})")
             return EXIT_STOPPED
-        clock = time.perf_counter() if state.step == last_step else clock
     run.say(f"done: {state.step} steps, {state.tokens:,} tokens, {len(state.skipped)} step(s) skipped")
     return EXIT_DONE
 

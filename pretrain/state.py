@@ -17,7 +17,7 @@ class TrainState:
     updates: int = 0  # steps that changed the weights
     tokens: int = 0  # tokens seen
     skipped: list[int] = field(default_factory=list)  # steps judged unfit
-    seconds: float = 0.0  # of training, over all starts
+    seconds: float = 0.0  # in steps, over all starts
     cursor: Cursor = field(default_factory=Cursor)
 
     def to_json(self) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def test_output_weights(tied: bool) -> None:
 
 def test_modern_preset_is_qwen3_moe() -> None:
     """The layout of configs/modern.yaml, small, against transformers' Qwen3-MoE with the same weights, in float32."""
-    transformers = pytest.importorskip("transformers")
+    import transformers  # seconds, and for this test alone
+
     preset = RunConfig.load(PRESETS / "modern.yaml").model
     tree = preset.model_dump(mode="json") | {"vocab_size": 96, "num_layers": 4, "width": 64}
     tree["attention"] |= {"num_heads": 4, "num_kv_heads": 2, "head_width": 32}
