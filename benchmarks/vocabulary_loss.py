@@ -51,7 +51,7 @@ SIZES = {
     # 2 GiB of float32 logits, four chunks
     "full": Size(2048, 262_144, 256, 512 * 2**20, 5, ("float32", "bf16")),
     "quick": Size(512, 65_536, 128, 32 * 2**20, 5, ("float32",)),
-    "smoke": Size(64, 4096, 32, 256 * 2**10, 2, ("float32",)),
+    "smoke": Size(256, 4096, 32, 2**20, 2, ("float32",)),
 }
 
 
