@@ -113,6 +113,16 @@ def set_dotted(tree: dict[str, Any], item: str) -> None:
     node[leaf] = _parse(text, where=f"override {item!r}")
 
 
+def differences(here: Any, there: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value here, value there) wherever two trees of plain values differ."""
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return [] if here == there else [(key, here, there)]
+    found = []
+    for name in sorted(here.keys() | there.keys()):
+        found += differences(here.get(name), there.get(name), f"{key}.{name}" if key else name)
+    return found
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)

@@ -1,4 +1,4 @@
-"""How a run is spread over ranks: the degree of each axis."""
+"""How a run is spread over ranks: the degree of each axis, and what is split along it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,34 @@ from configs.base import Strict
 class ParallelConfig(Strict):
     """World size = data x pipeline x tensor. Expert parallelism is folded over data x tensor within a stage.
 
-    Optimizer state is sharded over data-parallel ranks (ZeRO stage 1); that of experts over their replicas.
+    Tensor: heads, ffn width and vocabulary are cut over `tensor` ranks (arXiv:1909.08053).
+    Expert: by default whole experts lie on a rank, spread over blocks of `expert` ranks of the stage's data x tensor
+    ranks, each of which routes its own part of the tokens.
     """
 
     data: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # auto: as many as the launched ranks allow
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     expert: int = Field(default=1, ge=1)
+    # Between the tensor-parallel layers each tensor rank keeps its part of every sequence only (arXiv:2205.05198).
+    sequence: bool = True
+    # Cut each expert's ffn width over the tensor ranks too, as GLaM does (arXiv:2112.06905, sec. 4.2: over E and H);
+    # expert parallelism then spans data ranks only.
+    expert_tensor: bool = False
+    # dualpipev: each rank holds an early and a late stage; smaller bubble, needs micro-batches >= 2 x pipeline.
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    # 1: optimizer state is cut over data-parallel ranks (that of experts over their replicas); 0: each rank keeps all.
+    zero_stage: Literal[0, 1] = 1
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces the model is cut into along its depth."""
+        return self.pipeline * (2 if self.schedule == "dualpipev" and self.pipeline > 1 else 1)
+
+    @property
+    def ranks_for_all_experts(self) -> int:
+        """Ranks that together hold every expert of a layer once."""
+        return self.expert * (self.tensor if self.expert_tensor else 1)
 
     def data_degree(self, world_size: int) -> int:
         """Data-parallel degree when `world_size` ranks are there (rounded down where they do not divide)."""

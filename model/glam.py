@@ -14,6 +14,7 @@ from model.attention import KeyValueCache
 from model.block import Block
 from model.loss import language_model_loss
 from model.norm import RMSNorm
+from model.vocabulary import Vocabulary, WholeVocabulary
 
 
 class Embedding(nn.Module):
@@ -22,9 +23,12 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.vocabulary: Vocabulary = WholeVocabulary()
 
     def forward(self, token_BS: Tensor) -> Tensor:
-        return F.embedding(token_BS, self.weight)
+        row_BS, here_BS = self.vocabulary.rows(token_BS, self.weight.shape[0])
+        x_BSD = F.embedding(row_BS, self.weight)
+        return self.vocabulary.leave(x_BSD if here_BS is None else x_BSD * here_BS[..., None])
 
 
 class GLaM(nn.Module):
@@ -54,8 +58,10 @@ class GLaM(nn.Module):
     def loss(self, hidden_BSD: Tensor, label_BS: Tensor) -> Tensor:
         """The objective for the final hidden states: cross-entropy in nats, plus the output z-loss when training."""
         z_coef = self.config.lm_z_coef if self.training else 0.0
+        vocabulary = self.embed.vocabulary
+        hidden_TD = vocabulary.enter(hidden_BSD).flatten(0, 1)
         loss, cross_entropy = language_model_loss(
-            hidden_BSD.flatten(0, 1), self.output_weight, label_BS.flatten(), z_coef
+            hidden_TD, self.output_weight, label_BS.flatten(), z_coef, vocabulary=vocabulary
         )
         if self.training:
             self.cross_entropies.append(cross_entropy)

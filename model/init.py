@@ -18,6 +18,7 @@ from torch import Tensor
 from configs.model import ModelConfig, NoisyTopKRouter
 
 ONES, ZEROS = -1.0, 0.0
+BLOCK_ROWS = 256  # of a matrix, drawn together
 
 
 def initial_sigma(name: str, config: ModelConfig) -> float:
@@ -39,15 +40,41 @@ def initial_sigma(name: str, config: ModelConfig) -> float:
     return config.width**-0.5
 
 
-def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, first_row: int = 0) -> Tensor:
-    """Float32 CPU tensor of `shape`. Stacked experts are drawn one by one, from `first_row` on, by global number."""
+def initial_value(
+    name: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    seed: int,
+    offset: tuple[int, ...] | None = None,
+    part: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Float32 CPU tensor: the parameter of whole shape `shape`, or the box of it at `offset` of shape `part`.
+
+    Drawn in blocks of rows, each from its own seed, and stacked experts by global number: a box costs its own rows
+    only, and is the same however the whole is cut.
+    """
+    offset, part = offset or (0,) * len(shape), part or shape
     sigma = initial_sigma(name, config)
     if sigma in (ONES, ZEROS):
-        return torch.full(shape, 1.0 if sigma == ONES else 0.0)
-    if fnmatch(name, "*.experts.*"):
-        rows = [_normal(f"{name}[{first_row + row}]", shape[1:], sigma, seed) for row in range(shape[0])]
-        return torch.stack(rows)
-    return _normal(name, shape, sigma, seed)
+        return torch.full(part, 1.0 if sigma == ONES else 0.0)
+    if len(shape) == 3:
+        experts = range(offset[0], offset[0] + part[0])
+        return torch.stack([_box(f"{name}[{e}]", shape[1:], sigma, seed, offset[1:], part[1:]) for e in experts])
+    return _box(name, shape, sigma, seed, offset, part)
+
+
+def _box(
+    name: str, shape: tuple[int, ...], sigma: float, seed: int, offset: tuple[int, ...], part: tuple[int, ...]
+) -> Tensor:
+    """A box of a matrix."""
+    (first, column), (rows, columns) = offset, part
+    out = torch.empty(part)
+    for start in range(first // BLOCK_ROWS * BLOCK_ROWS, first + rows, BLOCK_ROWS):
+        height = min(BLOCK_ROWS, shape[0] - start)
+        block = _normal(f"{name}/{start}", (height, shape[1]), sigma, seed)
+        top, bottom = max(start, first), min(start + height, first + rows)
+        out[top - first : bottom - first] = block[top - start : bottom - start, column : column + columns]
+    return out
 
 
 def _normal(name: str, shape: tuple[int, ...], sigma: float, seed: int) -> Tensor:

@@ -7,7 +7,8 @@ Logits and everything after them are float32, whatever the weights' type (Switch
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,32 @@ class Routing:
     z_loss: Tensor  # scalar float32, differentiable, uncoefficiented
 
 
+class SequenceShare(Protocol):
+    """Which part of each sequence is here: the seam that tensor parallelism replaces. Capacity, expert choice and the
+    balance loss are matters of whole sequences, so decisions are made on those and then cut."""
+
+    def whole(self, logits_BsE: Tensor) -> Tensor:
+        """Logits of the tokens here -> of whole sequences [B, S, E]."""
+        ...
+
+    def own(self, decided: Tensor, num_sequences: int) -> Tensor:
+        """Decisions [B*S, K] for whole sequences -> for the tokens here."""
+        ...
+
+
+class WholeSequences:
+    """Sequences are not split."""
+
+    def whole(self, logits_BsE: Tensor) -> Tensor:
+        return logits_BsE
+
+    def own(self, decided: Tensor, num_sequences: int) -> Tensor:
+        return decided
+
+
 class Router(nn.Module):
-    """x[B, S, D] -> Routing over T = B*S tokens. The balance loss is a mean over sequences, which makes it the same
-    for every micro-batch size and every data-parallel layout."""
+    """x[B, S, D] -> Routing of its T = B*S tokens. The balance loss is a mean over sequences, which makes it the same
+    for every micro-batch size and every layout."""
 
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -37,16 +61,29 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.num_experts, width))
         noisy = isinstance(moe.router, NoisyTopKRouter)
         self.noise_weight = nn.Parameter(torch.empty(moe.num_experts, width)) if noisy else None
+        self.share: SequenceShare = WholeSequences()
 
     def forward(self, x_BSD: Tensor) -> Routing:
-        logits_BSE = F.linear(x_BSD.float(), self.weight.float())
+        routing, num_sequences = self._route(x_BSD), x_BSD.shape[0]
+        return replace(
+            routing,
+            expert_TK=self.share.own(routing.expert_TK, num_sequences),
+            weight_TK=self.share.own(routing.weight_TK, num_sequences),
+            kept_TK=None if routing.kept_TK is None else self.share.own(routing.kept_TK, num_sequences),
+        )
+
+    def _route(self, x_BSD: Tensor) -> Routing:
+        """Routing of whole sequences."""
+        logits_BSE = self.share.whole(F.linear(x_BSD.float(), self.weight.float()))
         z_loss = logits_BSE.logsumexp(-1).square().mean()
         if isinstance(self.spec, TopKRouter):
             return route_top_k(logits_BSE, self.spec, z_loss)
         if isinstance(self.spec, ExpertChoiceRouter):
             return route_expert_choice(logits_BSE, self.spec, z_loss)
         assert self.noise_weight is not None
-        noise_scale_BSE = F.softplus(F.linear(x_BSD.float(), self.noise_weight.float())) if self.training else None
+        noise_scale_BSE = None
+        if self.training:
+            noise_scale_BSE = F.softplus(self.share.whole(F.linear(x_BSD.float(), self.noise_weight.float())))
         return route_noisy_top_k(logits_BSE, noise_scale_BSE, self.spec, z_loss)
 
 

@@ -52,3 +52,12 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather_on_first(value: Any) -> list[Any] | None:
+    """Every rank's value, on rank 0; None elsewhere. Values must be picklable; they never touch a disk."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, dst=0)
+    return found

@@ -1,4 +1,4 @@
-"""Training steps over all ranks. DeepSpeed sits behind this file and nowhere else.
+"""Training steps over all ranks. DeepSpeed sits behind this file and its neighbours, and nowhere else.
 
 Four verbs: train_step, evaluate, and the state to save and to load (`tensors`, `loaded`).
 """
@@ -14,19 +14,17 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe.schedule import OptimizerStep
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceTiedGrads
 from torch import Tensor
 
 from configs.run import RunConfig
-from model.glam import GLaM
-from parallel import groups
+from parallel import gradients
 from parallel.collectives import sum_over_ranks
 from parallel.fragments import TensorBoxes, fragment_boxes
-from parallel.gradients import hand_over_norm, local_squared_norm
-from parallel.pipeline import pipeline_module
-from parallel.sharding import Placement
-from parallel.topology import Topology
+from parallel.groups import expert_group_name
+from parallel.optimizer_state import state_fragments, take_over
+from parallel.part import Part
+from parallel.pipeline import TiedEmbedding, pipeline_module
 
 MicroBatch = tuple[Tensor, Tensor]  # int64 tokens [B, S] and labels [B, S]
 
@@ -41,56 +39,84 @@ class StepResult:
 
 
 class Engine:
-    """Forward, backward, reduction and update of one model over a topology (ZeRO stage 1)."""
+    """Forward, backward, reduction and update of one model over a topology."""
 
-    def __init__(
-        self,
-        model: GLaM,
-        placements: dict[str, Placement],
-        topology: Topology,
-        config: RunConfig,
-        device: torch.device,
-    ) -> None:
-        self.model, self.placements, self.topology, self.device = model, placements, topology, device
-        self.num_micro_batches = config.train.num_micro_batches(topology.data)
-        for block in model.blocks:
-            block.aux_scale = 1 / self.num_micro_batches  # type: ignore[assignment]
-            block.recompute = config.train.recompute  # type: ignore[assignment]
-        module = pipeline_module(model, topology)
-        optimizer = _adamw(model, topology, config)
+    def __init__(self, part: Part, config: RunConfig, device: torch.device) -> None:
+        self.part, self.topology, self.device, self.model = part, part.topology, device, part.model
+        self.num_micro_batches = config.train.num_micro_batches(part.topology.data)
+        self._clip_norm = config.train.clip_norm
+        for block in part.local_blocks().values():
+            # Where experts are cut over tensor ranks, each of those adds the same auxiliary loss.
+            block.aux_scale = 1 / (self.num_micro_batches * part.topology.expert_width)
+            block.recompute = config.train.recompute
+        self._tied = self._tie_embedding(config)
+        owned = part.owned_parameters()
+        self._names = {id(parameter): name for name, parameter in owned.items()}
+        self._placed = {id(parameter): part.placements[name] for name, parameter in owned.items()}
+        self._partial = [p for name, p in owned.items() if part.placements[name].sum_over_tensor]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures for every parameter group
             self._deepspeed, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=_deepspeed_config(config, self.num_micro_batches)
+                model=pipeline_module(part),
+                optimizer=_adamw(part, config),
+                config=_deepspeed_config(config, self.num_micro_batches),
             )
+        self._optimizer = self._deepspeed.optimizer
         self._lr = 0.0
         self._accept: Callable[[float, float], bool] = lambda cross_entropy, norm: True
         self._result: StepResult | None = None
-        # DeepSpeed binds each instruction of its schedule to itself; ours has its own self.
-        own_step = {OptimizerStep: lambda _: self._optimizer_step()}
-        self._deepspeed._INSTRUCTION_MAP = {**self._deepspeed._INSTRUCTION_MAP, **own_step}
+        # DeepSpeed binds each instruction of its schedule to itself; ours have their own self.
+        own_steps = {
+            ReduceTiedGrads: lambda _: self._complete_gradients(),
+            OptimizerStep: lambda _: self._optimizer_step(),
+        }
+        self._deepspeed._INSTRUCTION_MAP = {**self._deepspeed._INSTRUCTION_MAP, **own_steps}
+
+    def _tie_embedding(self, config: RunConfig) -> TiedEmbedding | None:
+        if not (self.part.holds_copy_of_embedding or self.part.embedding_has_copy):
+            return None
+        assert self.part.groups.ends is not None
+        if self.part.holds_copy_of_embedding and config.train.precision == "bf16":
+            self.model.embed.to(torch.bfloat16)  # DeepSpeed converts only what it trains
+        return TiedEmbedding(self.model.embed.weight, self.part.groups.ends)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether tokens or labels are asked for here: stages between the first and the last never look at them."""
+        stage = self.topology.stage
+        return self.part.stages.embeds(stage) or self.part.stages.ends(stage)
 
     # ---- training -------------------------------------------------------------------------------------------------
     def train_step(
         self, micro_batches: Iterable[MicroBatch], lr: float, accept: Callable[[float, float], bool]
     ) -> StepResult:
-        """One update over `num_micro_batches` micro-batches of this rank.
+        """One update over `num_micro_batches` micro-batches of this rank (any number where `reads_data` is False).
 
         `accept(cross_entropy, grad_norm)` decides before anything is changed; it sees the same figures on every rank.
         """
         self._lr, self._accept = lr, accept
         self.model.cross_entropies.clear()
-        for block in self.model.moe_blocks().values():
+        for block in self.part.local_blocks().values():
             block.totals.take()
         self._deepspeed.train_batch(data_iter=iter(micro_batches))
         assert self._result is not None
         return self._result
 
+    def _complete_gradients(self) -> None:
+        """After the last backward pass: sum what different ranks know of one gradient, data-parallel ranks excepted."""
+        if self._partial:
+            assert self.part.groups.tensor is not None
+            gradients.sum_over_tensor_ranks(self._partial, self._optimizer, self.part.groups.tensor)
+        if self._tied is not None:
+            original = self.model.embed.weight if self.part.embedding_has_copy else None
+            self._tied.hand_over_gradient(
+                None if original is None else gradients.accumulated(original, self._optimizer)
+            )
+
     def _optimizer_step(self) -> None:
         """The schedule's last instruction, in place of DeepSpeed's: judge first, then update or discard."""
-        optimizer = self._deepspeed.optimizer
         losses = self.model.cross_entropies
         figures = torch.zeros(3, dtype=torch.float64, device=self.device)
-        figures[0] = local_squared_norm(optimizer, self.topology)
+        figures[0] = gradients.local_squared_norm(self._optimizer, self._placed, self.topology)
         if losses:
             figures[1], figures[2] = torch.stack(losses).double().sum(), len(losses)
         squared_norm, loss_sum, loss_count = sum_over_ranks(figures).tolist()
@@ -98,30 +124,45 @@ class Engine:
         cross_entropy = loss_sum / max(loss_count, 1)
         applied = self._accept(cross_entropy, norm)
         if applied:
-            for group in self._deepspeed.optimizer.param_groups:
-                group["lr"] = self._lr
-            hand_over_norm(optimizer, torch.tensor(norm, device=self.device))
-            self._deepspeed._exec_optimizer_step()
+            self._apply(norm)
         else:
-            _discard_gradients(optimizer)
+            gradients.discard(self._optimizer)
         self._result = StepResult(cross_entropy, norm, applied)
+
+    def _apply(self, norm: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
+        if gradients.is_sharded(self._optimizer):
+            gradients.hand_over_norm(self._optimizer, torch.tensor(norm, device=self.device))
+        else:
+            gradients.clip_unsharded(self._optimizer, norm, self._clip_norm)
+        self._deepspeed._exec_optimizer_step()
+        if self._tied is not None:
+            self._tied.refresh()
 
     def router_loads(self) -> dict[int, Tensor]:
         """Layer -> [load of E experts, choices, balance loss, z-loss, passes], summed over the step and all ranks."""
-        blocks = self.model.moe_blocks()
-        taken = {layer: block.totals.take() for layer, block in blocks.items()}
-        present = {layer: totals for layer, totals in taken.items() if totals is not None}
-        if not present:
+        config = self.model.config
+        layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
+        if not layers or config.moe is None:
             return {}
-        summed = sum_over_ranks(torch.stack(list(present.values())).double())
-        return dict(zip(present, summed.cpu()))
+        summed = torch.zeros(len(layers), config.moe.num_experts + 4, dtype=torch.float64, device=self.device)
+        for layer, block in self.part.local_blocks().items():
+            if (totals := block.totals.take()) is not None:
+                summed[layers.index(layer)] = totals
+        sum_over_ranks(summed).div_(self.topology.expert_width)  # where cut, each tensor rank saw the same tokens
+        return {layer: totals for layer, totals in zip(layers, summed.cpu()) if totals[-1] > 0}
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Mean cross-entropy in nats a token over the micro-batches of all ranks, each rank passing equally many."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
+        """Mean cross-entropy in nats a token over the micro-batches of all ranks, each data rank passing equally many.
+
+        Args:
+            micro_batches: this rank's; may be empty where `reads_data` is False.
+        """
         # DeepSpeed switches the layers it was given, but the loss belongs to the whole model.
         self.model.eval()
-        loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
+        loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=num_micro_batches)
         self.model.train()
         return float(loss)
 
@@ -130,67 +171,32 @@ class Engine:
         """Name -> this rank's boxes of each float32 weight and optimizer moment, as views: what is written into them
         is the state. Names and shapes are the whole model's, whatever the layout. Call `loaded` after writing."""
         found: dict[str, TensorBoxes] = {}
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameters, flat, state in self._partitions():
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                if mapping is None:
-                    continue
-                name = names[id(parameter)]
-                here, whole = mapping.lp_fragment_address, mapping.hp_fragment_address
-                for key, tensor in (
-                    ("weight", flat),
-                    ("exp_avg", state["exp_avg"]),
-                    ("exp_avg_sq", state["exp_avg_sq"]),
-                ):
-                    part = tensor.detach().narrow(0, whole.start, whole.numel)
-                    found[f"{name}/{key}"] = fragment_boxes(
-                        part, here.start, tuple(parameter.shape), self.placements[name]
-                    )
+        for parameter, start, pieces in state_fragments(self._optimizer):
+            name = self._names[id(parameter)]
+            for key, flat in pieces.items():
+                found[f"{name}/{key}"] = self._boxes(parameter, start, flat)
         return found
 
     def loaded(self, updates: int) -> None:
         """Take over state written into `tensors()` after `updates` applied updates: refresh the working weights."""
-        for _, _, state in self._partitions():
-            state["step"].fill_(float(updates))
-        self._deepspeed.optimizer.update_lp_params()
+        take_over(self._optimizer, updates)
+        if self._tied is not None:
+            self._tied.refresh()
 
-    def _partitions(self) -> Iterator[tuple[list[Any], Tensor, dict[str, Tensor]]]:
-        """(parameters, this rank's flat float32 partition, its AdamW state) of each parameter group.
+    def gradients(self) -> Iterator[tuple[str, TensorBoxes]]:
+        """Name and this rank's boxes of each mean gradient before clipping; to be asked within `accept` only."""
+        for parameter, start, flat in gradients.reduced(self._optimizer):
+            yield self._names[id(parameter)], self._boxes(parameter, start, flat)
 
-        Upstream (deepspeed 0.19.8, stage_1_and_2.py `_lazy_init_hp_params_optimizer_state`): state is linked to
-        parameters after the first group's step only, so experts' moments are not found through DeepSpeed's own
-        getters. The flat partitions know them.
-        """
-        wrapper = self._deepspeed.optimizer
-        lists = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
-        for parameters, group in zip(lists, wrapper.optimizer.param_groups):
-            flat = group["params"][0]
-            state = wrapper.optimizer.state[flat]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-            yield parameters, flat, state
+    def _boxes(self, parameter: Tensor, start: int, flat: Tensor) -> TensorBoxes:
+        return fragment_boxes(flat, start, tuple(parameter.shape), self._placed[id(parameter)])
 
 
-def _discard_gradients(optimizer: Any) -> None:
-    """Forget this step's gradients, as DeepSpeed does on an overflow, without touching anything else.
-
-    Upstream (deepspeed 0.19.8, bf16_optimizer.py, utils/ `get_norm_with_moe_layers`): letting a non-finite norm reach
-    the optimizer's own step is not safe in every mode, so it never does.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    if not isinstance(optimizer, BF16_Optimizer):
-        for table in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for key in table:
-                table[key] = None
-
-
-def _adamw(model: GLaM, topology: Topology, config: RunConfig) -> torch.optim.Optimizer:
+def _adamw(part: Part, config: RunConfig) -> torch.optim.Optimizer:
     """Parameter groups: decayed matrices, undecayed vectors and position tables, and experts (all matrices)."""
     spec = config.train.optimizer
     matrices, vectors, experts = [], [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in part.owned_parameters().items():
         if hasattr(parameter, "group_name"):
             experts.append(parameter)
         elif parameter.ndim >= 2 and not name.endswith("bias.table"):
@@ -202,7 +208,7 @@ def _adamw(model: GLaM, topology: Topology, config: RunConfig) -> torch.optim.Op
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
     ]
     if experts:
-        listed.append({"params": experts, "moe": True, "name": groups.expert_group_name(topology)})
+        listed.append({"params": experts, "moe": True, "name": expert_group_name(part.topology)})
     return torch.optim.AdamW(
         listed,
         lr=spec.peak_lr,
@@ -215,14 +221,16 @@ def _adamw(model: GLaM, topology: Topology, config: RunConfig) -> torch.optim.Op
 
 def _deepspeed_config(config: RunConfig, num_micro_batches: int) -> dict[str, Any]:
     """DeepSpeed's settings; those that differ from its defaults do so for a reason given beside them."""
+    sharded = config.parallel.zero_stage == 1
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
         "gradient_accumulation_steps": num_micro_batches,
         "steps_per_print": None,
-        "gradient_clipping": config.train.clip_norm or 0.0,  # its default is 1.0
-        "zero_optimization": {"stage": 1},
+        "gradient_clipping": (config.train.clip_norm or 0.0) if sharded else 0.0,  # its default is 1.0; unsharded: ours
+        "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",  # bf16 by default in bf16 runs, also for float32 gradients
+        # Cutting what travels between stages over tensor ranks is ours to do (`parallel.tensor`).
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }
     if config.train.precision == "bf16":

@@ -5,6 +5,7 @@ R ranks of the group, e = E / R experts a rank, N rows here, M rows received, D 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,9 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from model.block import Block
 from model.dispatch import Dispatched, SortedChoices, combine_rows, gather_rows, sort_choices
-from model.glam import GLaM
 from model.router import Routing
-from parallel import groups
-from parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class _Permute(Function):
 
 
 class ExpertMarker(DeepSpeedMoE):
-    """A layer without parameters that tells DeepSpeed's engine the model has experts.
+    """A layer without parameters that tells DeepSpeed's engine this stage has experts.
 
     Upstream (deepspeed 0.19.8, runtime/engine.py `_configure_distributed_model`): only an instance of
     `deepspeed.moe.layer.MoE` makes the engine reduce expert gradients over expert replicas. Its own experts are deep
@@ -108,11 +107,18 @@ class ExpertMarker(DeepSpeedMoE):
         """Groups were handed over before (`parallel.groups`)."""
 
 
-def spread_experts(model: GLaM, topology: Topology) -> None:
-    """Give a cut, materialised model its all-to-all and mark expert parameters for DeepSpeed."""
-    for block in model.moe_blocks().values():
-        assert block.moe is not None
-        block.moe.dispatcher = AllToAllDispatcher(block.moe.num_experts, groups.expert_group(topology))
+def spread_experts(blocks: Iterable[Block], group: dist.ProcessGroup, group_name: str) -> None:
+    """Give blocks that hold experts their all-to-all, and mark expert parameters for DeepSpeed.
+
+    Args:
+        group: the ranks that hold the layer's other experts.
+        group_name: DeepSpeed's key for it.
+    """
+    for block in blocks:
+        if block.moe is None:
+            continue
+        if group.size() > 1:
+            block.moe.dispatcher = AllToAllDispatcher(block.moe.num_experts, group)
         for parameter in block.moe.experts.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = groups.expert_group_name(topology)  # type: ignore[attr-defined]
+            parameter.group_name = group_name  # type: ignore[attr-defined]

@@ -1,31 +1,48 @@
-"""Process groups: start, the groups of experts, the end."""
+"""Process groups: start, the groups of tensor and expert parallelism, the end."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import UserError
+from parallel.agreement import agree_on
 from parallel.topology import Topology
 
 
-def start(rank: int, world_size: int, local_rank: int, address: str, port: int, timeout_s: float) -> torch.device:
+def start(
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    address: str,
+    port: int,
+    timeout_s: float,
+    settings: dict[str, object] | None = None,
+) -> torch.device:
     """Join the default process group (NCCL where there is a GPU for this rank, else gloo); returns this rank's device.
 
+    Args:
+        timeout_s: after which any collective of any group made from now on gives up.
+        settings: what every rank must have been started with; compared before any group is made.
+
     Raises:
-        UserError: the meeting port is taken, or the other ranks never came.
+        UserError: the meeting port is taken, the other ranks never came, or they bring other settings.
     """
     keep_out_of_shared_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # deepspeed 0.19.8 calls a collective that torch 2.13 renames; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.* is deprecated", category=FutureWarning)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -37,15 +54,15 @@ def start(rank: int, world_size: int, local_rank: int, address: str, port: int, 
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    time_out_every_group(timeout)
+    backend = "nccl" if on_gpu else "gloo"
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=timeout_s),
-            rank=rank,
-            world_size=world_size,
-        )
+        store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        agree_on(settings or {}, store, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        # Finds the group made and only wraps it.
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(
@@ -76,36 +93,53 @@ def keep_out_of_shared_memory() -> None:
         compatible["deepspeed_shm_comm"] = False
 
 
+def time_out_every_group(timeout: timedelta) -> None:
+    """Make `timeout` the default of every group that is made from now on, DeepSpeed's own included.
+
+    Upstream (torch 2.13, distributed_c10d.py `_get_default_timeout`; deepspeed 0.19.8, runtime/pipe/topology.py): a
+    time-out given to `init_process_group` is the default group's alone. `new_group` without one takes a constant of 10
+    (NCCL) or 30 minutes, and DeepSpeed never gives one for its data, tensor and pipeline groups.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups; None where an axis has one rank only."""
+
+    tensor: dist.ProcessGroup | None = None  # parts of the same layers
+    ends: dist.ProcessGroup | None = None  # first and last stage, on ranks of those
+    expert: dist.ProcessGroup | None = None  # the other experts of this stage
+
+
+def create(topology: Topology) -> Groups:
+    """Make the groups of a topology; all ranks call it together. Expert groups are handed to DeepSpeed, which would
+    otherwise make its own."""
+    tensor = _mine(topology.tensor_groups(), topology.rank) if topology.tensor > 1 else None
+    ends = _mine(topology.end_groups(), topology.rank)
+    if not topology.experts_have_groups:
+        return Groups(tensor, ends)
+    name = expert_group_name(topology)
+    experts, replicas = topology.expert_groups(), topology.expert_data_groups()
+    for ranks, group_table, rank_table in (
+        (experts, deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS),
+        (replicas, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+    ):
+        group_table[name] = _mine(ranks, topology.rank)
+        rank_table[name] = next(listed for listed in ranks if topology.rank in listed)
+    return Groups(tensor, ends, deepspeed_groups._EXPERT_PARALLEL_GROUP[name])
+
+
+def _mine(rank_lists: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make a group of each list, in the same order on every rank; returns the one this rank is in."""
+    made = [(ranks, dist.new_group(ranks)) for ranks in rank_lists]
+    return next((group for ranks, group in made if rank in ranks), None)
+
+
 def expert_group_name(topology: Topology) -> str:
     """DeepSpeed's key for the groups of this expert-parallel degree."""
     return f"ep_size_{topology.expert}"
-
-
-def create_expert_groups(topology: Topology) -> None:
-    """Make the expert groups from the topology and hand them to DeepSpeed, which would otherwise make its own."""
-    name = expert_group_name(topology)
-    tables = (
-        (
-            topology.expert_groups(),
-            deepspeed_groups._EXPERT_PARALLEL_GROUP,
-            deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
-        ),
-        (
-            topology.expert_data_groups(),
-            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
-            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
-        ),
-    )
-    for rank_lists, group_table, rank_table in tables:
-        for ranks in rank_lists:
-            group = dist.new_group(ranks)
-            if topology.rank in ranks:
-                group_table[name], rank_table[name] = group, ranks
-
-
-def expert_group(topology: Topology) -> dist.ProcessGroup:
-    """The ranks that hold the other experts of this stage."""
-    return deepspeed_groups._EXPERT_PARALLEL_GROUP[expert_group_name(topology)]  # type: ignore[no-any-return]
 
 
 def stop() -> None:
@@ -117,6 +151,13 @@ def stop() -> None:
 
 def abandon() -> None:
     """Leave all groups at once, for a rank that fails."""
+    forget_expert_groups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def forget_expert_groups() -> None:
+    """Take back what was handed to DeepSpeed, whose tables outlive an engine."""
     for table in (
         deepspeed_groups._EXPERT_PARALLEL_GROUP,
         deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
@@ -124,5 +165,3 @@ def abandon() -> None:
         deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
     ):
         table.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -2,12 +2,14 @@
 
 Rank = (stage * data + data rank) * tensor + tensor rank, as in DeepSpeed's pipeline grid and megatron-core's order
 tp-dp-pp. Expert parallelism is folded over the data x tensor ranks of a stage: contiguous blocks of `expert` ranks
-hold all experts once; ranks at the same place of their blocks hold the same experts.
+hold all experts once; ranks at the same place of their blocks hold the same experts. With `expert_tensor` each expert
+is cut over the tensor ranks as well, and blocks are of data ranks at one tensor rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Topology:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    expert_tensor: bool = False  # experts are cut over tensor ranks too
+    sequence: bool = True  # between tensor-parallel layers, each tensor rank keeps its part of every sequence
 
     @property
     def world_size(self) -> int:
@@ -30,6 +34,7 @@ class Topology:
 
     @property
     def stage(self) -> int:
+        """Place along the pipeline (under DualPipeV: of the rank, which holds two pieces of the model)."""
         return self.rank // self.ranks_per_stage
 
     @property
@@ -41,17 +46,59 @@ class Topology:
         return self.rank % self.ranks_per_stage // self.tensor
 
     @property
+    def _place_among_experts(self) -> int:
+        """Number among the ranks that experts are spread and replicated over."""
+        return self.data_rank if self.expert_tensor else self.rank % self.ranks_per_stage
+
+    @property
     def expert_rank(self) -> int:
-        return self.rank % self.ranks_per_stage % self.expert
+        return self._place_among_experts % self.expert
+
+    @property
+    def expert_replica(self) -> int:
+        """Which copy of its experts this rank holds."""
+        return self._place_among_experts // self.expert
+
+    @property
+    def expert_width(self) -> int:
+        """Ranks each expert's ffn width is cut over."""
+        return self.tensor if self.expert_tensor else 1
+
+    @property
+    def expert_width_rank(self) -> int:
+        return self.tensor_rank if self.expert_tensor else 0
+
+    @property
+    def experts_have_groups(self) -> bool:
+        """Whether experts are spread, or replicated, over other ranks than everything else is."""
+        return self.expert > 1 or (self.tensor > 1 and not self.expert_tensor)
+
+    def at(self, rank: int) -> Topology:
+        """The same layout, seen from another rank."""
+        return replace(self, rank=rank)
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks that hold parts of the same layers."""
+        return self._groups(lambda t: (t.stage, t.data_rank))
+
+    def end_groups(self) -> list[list[int]]:
+        """Pairs of a rank of the first and one of the last stage that hold the same part of the tied embedding."""
+        last = self.pipeline - 1
+        return [ranks for ranks in self._groups(lambda t: (t.data_rank, t.tensor_rank), stages=(0, last)) if last]
 
     def expert_groups(self) -> list[list[int]]:
         """Ranks that together hold all experts of a stage once."""
-        return [list(range(start, start + self.expert)) for start in range(0, self.world_size, self.expert)]
+        return self._groups(lambda t: (t.stage, t.expert_width_rank, t.expert_replica))
 
     def expert_data_groups(self) -> list[list[int]]:
         """Ranks of a stage that hold the same experts."""
-        groups = []
-        for first in range(0, self.world_size, self.ranks_per_stage):
-            stage = range(first, first + self.ranks_per_stage)
-            groups += [[rank for rank in stage if rank % self.expert == place] for place in range(self.expert)]
-        return groups
+        return self._groups(lambda t: (t.stage, t.expert_width_rank, t.expert_rank))
+
+    def _groups(self, key: Callable[[Topology], tuple[int, ...]], stages: tuple[int, ...] = ()) -> list[list[int]]:
+        """Ranks gathered by a key of theirs, each group in order of rank."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            there = self.at(rank)
+            if not stages or there.stage in stages:
+                found.setdefault(key(there), []).append(rank)
+        return list(found.values())

@@ -72,6 +72,26 @@ def glam_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.95)
     generate.add_argument("--seed", type=int, default=0)
 
+    parity = verb(
+        "parity",
+        "Prove that layouts train as one process does: losses, every gradient, the norm, weights. Exit code 1 if not.",
+        "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
+    )
+    parity.add_argument("config")
+    parity.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parity.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        help="tp, pp, ep, dp degrees; sp=0|1, etp=0|1, zero=0|1, schedule=dualpipev, mb=<micro-batches>, recompute=0|1 "
+        "(default: the configuration's, each degree at most 2)",
+    )
+    parity.add_argument("--micro-batches", type=int, default=4, help="a step, where a layout does not say (default 4)")
+    parity.add_argument("--steps", type=int, default=3)
+    parity.add_argument("--full-size", action="store_true", help="keep the model's sizes, not its kinds only")
+    parity.add_argument("--tolerance", type=float, help="relative (default 1e-5, on GPUs 1e-4)")
+    parity.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
     report = verb("report", "Draw a run's curves into RUN/loss.png.", "glam report runs/demo")
     report.add_argument("run", help="a run folder")
     return parser

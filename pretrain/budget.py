@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from configs.model import FeedForwardConfig, ModelConfig
 from configs.run import RunConfig
+from parallel.stages import Stages, cut_by_cost
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,24 @@ def flops_per_token(m: ModelConfig, sequence_length: int) -> int:
     6 for each weight of a matrix product a token meets (the embedding look-up is none, the output product is one),
     and 12*H*N for each key it attends to, of which a causal row has (S + 1) / 2 on average.
     """
-    p = parameters(m)
-    products = p.attention + p.dense_ffn + p.active_experts + p.router + m.vocab_size * m.width
-    keys = (sequence_length + 1) / 2
-    return round(6 * products + m.num_layers * 12 * m.attention.num_heads * m.attention.head_width * keys)
+    return round(sum(block_flops(m, sequence_length)) + 6 * m.vocab_size * m.width)
+
+
+def block_flops(m: ModelConfig, sequence_length: int) -> list[float]:
+    """`flops_per_token` of each block; the output product is the rest."""
+    p, dense_layers = parameters(m), m.num_layers - m.num_moe_layers
+    attention = 6 * p.attention / m.num_layers
+    scores = 12 * m.attention.num_heads * m.attention.head_width * (sequence_length + 1) / 2
+    dense = 6 * p.dense_ffn / max(1, dense_layers)
+    sparse = 6 * (p.active_experts + p.router) / max(1, m.num_moe_layers)
+    return [attention + scores + (sparse if m.is_moe(layer) else dense) for layer in range(m.num_layers)]
+
+
+def stages(c: RunConfig) -> Stages:
+    """Where the pipeline's stages are cut: as even in FLOPs as contiguous cuts allow."""
+    m, p = c.model, c.parallel
+    blocks, end = block_flops(m, c.train.sequence_length), 6 * m.vocab_size * m.width
+    return cut_by_cost(blocks, end, p.pipeline, v_shaped=p.schedule == "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -93,45 +108,56 @@ class RankBytes:
 
 
 def bytes_per_rank(c: RunConfig, world_size: int) -> RankBytes:
-    """Memory of one rank under the configured layout on `world_size` ranks (ZeRO-1)."""
+    """Memory of one rank, of the stage that needs most, under the configured layout on `world_size` ranks."""
+    return max((stage_bytes(c, world_size, stage) for stage in range(c.parallel.pipeline)), key=lambda b: b.total)
+
+
+def stage_bytes(c: RunConfig, world_size: int, stage: int) -> RankBytes:
+    """Memory of one rank of a stage."""
     m, p, t = c.model, c.parallel, c.train
     data = p.data_degree(world_size)
-    dense, experts = stage_parameters(m, p.pipeline)
-    dense, experts = dense // p.tensor, experts // p.expert
-    replicas = max(1, data * p.tensor // p.expert)
+    cut = stages(c)
+    dense, experts, copied = stage_parameters(m, cut, stage)
+    dense, experts, copied = dense // p.tensor, experts // p.ranks_for_all_experts, copied // p.tensor
+    replicas = max(1, data * p.tensor // p.ranks_for_all_experts)
+    shared = p.zero_stage == 1
     weight_bytes = 2 if t.precision == "bf16" else 4
+    # Weights in float32 without ZeRO are their own masters.
+    state_bytes = 12 if shared else 8
     micro_tokens = t.micro_batch_sequences * t.sequence_length
-    layers, in_flight = -(-m.num_layers // p.pipeline), min(p.pipeline, t.num_micro_batches(data) or 1)
+    # 1F1B holds as many micro-batches as there are stages from here to the last; DualPipeV as many as stages in all.
+    in_flight = cut.num_pieces if cut.v_shaped else p.pipeline - stage
+    in_flight = min(in_flight, t.num_micro_batches(data) or 1)
+    layers = len(cut.blocks(stage))
     a_layer = activation_values_per_token(m, t.sequence_length) / p.tensor
-    if t.recompute:
-        values = layers * in_flight * m.width + a_layer
-    else:
-        values = layers * in_flight * (a_layer + m.width)
+    kept = m.width / (p.tensor if p.sequence else 1)
+    values = layers * in_flight * kept + a_layer if t.recompute else layers * in_flight * (a_layer + kept)
+    at_the_loss = 4 * m.vocab_size * m.width // p.tensor
+    logits = min(micro_tokens * m.vocab_size * 4 // p.tensor, 512 * 2**20) * 2 + at_the_loss
     return RankBytes(
-        weights=weight_bytes * (dense + experts),
-        gradients=4 * (dense + experts),
-        optimizer=12 * (dense // data + experts // replicas),
+        weights=weight_bytes * (dense + experts + copied),
+        gradients=4 * (dense + experts + copied),
+        optimizer=state_bytes * (dense // (data if shared else 1) + experts // (replicas if shared else 1)),
         activations=round(values * micro_tokens * weight_bytes),
         # Both the float32 logits of a chunk and their gradient in the weights' type, and the gradient of the table.
-        logits=min(micro_tokens * m.vocab_size * 4, 512 * 2**20) * 2 + 4 * m.vocab_size * m.width // p.tensor,
+        logits=logits if cut.ends(stage) else 0,
     )
 
 
-def stage_parameters(m: ModelConfig, num_stages: int) -> tuple[int, int]:
-    """(dense, expert) parameters of the heaviest pipeline stage, layers cut evenly."""
-    p = parameters(m)
-    per_stage = -(-m.num_layers // num_stages)
-    moe_layers = max(
-        sum(m.is_moe(n) for n in range(s, min(s + per_stage, m.num_layers))) for s in range(0, m.num_layers, per_stage)
-    )
-    share = per_stage / m.num_layers
-    dense_layers = max(0, per_stage - moe_layers)
-    dense_ffn = p.dense_ffn // max(1, m.num_layers - m.num_moe_layers) * dense_layers
-    a_table = m.vocab_size * m.width
-    tables = p.embedding if num_stages == 1 else a_table
-    experts = p.experts // max(1, m.num_moe_layers) * moe_layers
-    router = p.router // max(1, m.num_moe_layers) * moe_layers
-    return round((p.attention + p.norms + p.position) * share) + dense_ffn + router + tables, experts
+def stage_parameters(m: ModelConfig, cut: Stages, stage: int) -> tuple[int, int, int]:
+    """(dense, expert, copied) parameters of a pipeline stage; copied is a tied embedding whose owner is another."""
+    p, blocks = parameters(m), cut.blocks(stage)
+    moe_layers = sum(m.is_moe(layer) for layer in blocks)
+    dense_layers, table = len(blocks) - moe_layers, m.vocab_size * m.width
+    every_layer = p.attention + p.norms - m.width + p.position
+    dense = every_layer // m.num_layers * len(blocks)
+    dense += p.dense_ffn // max(1, m.num_layers - m.num_moe_layers) * dense_layers
+    dense += p.router // max(1, m.num_moe_layers) * moe_layers
+    ends, embeds = cut.ends(stage), cut.embeds(stage)
+    dense += (m.width if ends else 0) + (table if embeds else 0)
+    dense += table if ends and not m.tied_embedding else 0
+    copied = table if ends and m.tied_embedding and not embeds else 0
+    return dense, p.experts // max(1, m.num_moe_layers) * moe_layers, copied
 
 
 def activation_values_per_token(m: ModelConfig, sequence_length: int) -> float:

@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 from configs.errors import UserError
+from configs.layout import least_micro_batches
 from configs.run import RunConfig
 from model.glam import GLaM
 from model.init import initial_value
 from parallel import groups
 from parallel.engine import Engine
 from parallel.expert import spread_experts
-from parallel.sharding import Placement, cut
+from parallel.part import Part
+from parallel.sharding import cut
+from parallel.tensor import split_tensors
 from parallel.topology import Topology
+from pretrain import budget
 from pretrain.checkpoint import Checkpoints, complete_checkpoints, read_for_model
 from pretrain.data import HeldOut, Sampler, check_vocabulary
 from pretrain.machine import keep_freed_memory, refuse_if_too_small
@@ -78,7 +82,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     keep_freed_memory()
     sampler = Sampler(config.data, config.train.sequence_length)
     check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
-    heldout = make_heldout(config, multiple=topology.data * config.train.micro_batch_sequences)
+    heldout = make_heldout(config, topology.data * config.train.micro_batch_sequences, least_micro_batches(config))
     run_dir = Path(config.run_dir)
     refuse_unwritable(run_dir)
     if found := complete_checkpoints(run_dir):
@@ -86,14 +90,16 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     clock.mark("data")
 
     timeout_s = config.cluster.collective_timeout_s
-    device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s)
+    settings = config.model_dump(mode="json")
+    device = groups.start(
+        env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s, settings
+    )
     try:
-        if topology.expert > 1:
-            groups.create_expert_groups(topology)
+        process_groups = groups.create(topology)
         clock.mark("process groups")
-        model, placements = materialise(config, topology, device)
+        part = materialise(config, topology, process_groups, device)
         clock.mark("model")
-        engine = Engine(model, placements, topology, config, device)
+        engine = Engine(part, config, device)
         clock.mark("engine")
         checkpoints = Checkpoints(config)
         restored = checkpoints.restore(engine)
@@ -123,43 +129,44 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
 
 
 def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:
-    """The layout on the ranks that are there, if this version can train it."""
+    """The layout on the ranks that are there."""
     p = config.parallel
-    if p.tensor > 1 or p.pipeline > 1:
-        raise UserError(
-            f"parallel.tensor={p.tensor}, parallel.pipeline={p.pipeline}",
-            "tensor=1 and pipeline=1: this version trains over data and expert parallelism only",
-            "set parallel.tensor=1 parallel.pipeline=1, or use `glam plan` for what the layout would cost",
-        )
-    return Topology(env.rank, p.data_degree(env.world_size), p.tensor, p.pipeline, p.expert)
+    data = p.data_degree(env.world_size)
+    return Topology(env.rank, data, p.tensor, p.pipeline, p.expert, p.expert_tensor and p.tensor > 1, p.sequence)
 
 
-def materialise(config: RunConfig, topology: Topology, device: torch.device) -> tuple[GLaM, dict[str, Placement]]:
+def materialise(config: RunConfig, topology: Topology, process_groups: groups.Groups, device: torch.device) -> Part:
     """The model with this rank's parameters filled in, each drawn from its name; nothing larger is ever allocated."""
     with torch.device("meta"):
         model = GLaM(config.model)
-    placements = cut(model, topology)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            first_row = placements[name].offset[0]
-            value = initial_value(name, tuple(parameter.shape), config.model, config.train.seed, first_row)
-            parameter.copy_(value)
-    if topology.expert > 1:
-        spread_experts(model, topology)
-    # Differs by rank, on purpose: it feeds the noise of noisy routers, and ranks see different tokens.
-    torch.manual_seed(config.train.seed * 1_000_003 + topology.rank)
-    return model, placements
+    whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    part = Part(model, cut(model, topology), topology, budget.stages(config), process_groups)
+    for prefix, module in part.local_modules():
+        module.to_empty(device=device)
+        for leaf, parameter in module.named_parameters():
+            name = f"{prefix}.{leaf}"
+            offset = part.placements[name].offset
+            drawn = initial_value(name, whole[name], config.model, config.train.seed, offset, tuple(parameter.shape))
+            parameter.data.copy_(drawn)
+    if process_groups.tensor is not None:
+        split_tensors(part, process_groups.tensor)
+    if topology.experts_have_groups and process_groups.expert is not None:
+        name = groups.expert_group_name(topology)
+        spread_experts(part.local_blocks().values(), process_groups.expert, name)
+    # It feeds the noise of noisy routers. Ranks that see other tokens or layers draw other noise, on purpose; those
+    # that share tokens (tensor ranks) must draw the same.
+    torch.manual_seed(config.train.seed * 1_000_003 + topology.stage * topology.data + topology.data_rank)
+    return part
 
 
-def make_heldout(config: RunConfig, multiple: int = 1) -> HeldOut | None:
+def make_heldout(config: RunConfig, multiple: int = 1, least: int = 1) -> HeldOut | None:
+    """The held-out windows; a multiple of `multiple` of them, and no fewer than `least` times that."""
     t = config.train
-    heldout = (
-        HeldOut(config.data.heldout, t.sequence_length, t.eval_sequences, multiple) if config.data.heldout else None
-    )
-    if heldout:
-        sizes = {s.name: s.stream.vocab_size for s in heldout.sources}
-        check_vocabulary(sizes, config.model.vocab_size)
+    if not config.data.heldout:
+        return None
+    heldout = HeldOut(config.data.heldout, t.sequence_length, t.eval_sequences, multiple, least)
+    sizes = {s.name: s.stream.vocab_size for s in heldout.sources}
+    check_vocabulary(sizes, config.model.vocab_size)
     return heldout
 
 

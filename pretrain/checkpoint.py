@@ -11,11 +11,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from configs.base import differences
 from configs.errors import UserError
 from configs.model import ModelConfig
 from configs.run import RunConfig
@@ -40,7 +40,7 @@ def read_for_model(folder: Path, model: ModelConfig) -> store.Manifest:
     manifest = store.Manifest.read(folder)
     stored, wanted = manifest.document.get("config", {}).get("model"), model.model_dump(mode="json")
     if stored != wanted:
-        differ = _differences(stored or {}, wanted)
+        differ = differences(stored or {}, wanted, "model")
         raise UserError(
             f"{folder} holds another model: "
             + "; ".join(f"{key} is {a!r} there, {b!r} here" for key, a, b in differ[:5]),
@@ -118,17 +118,6 @@ def load_weights(folder: Path, model: torch.nn.Module, config: ModelConfig) -> N
 def _random_state(rank: int) -> dict[str, Tensor]:
     """The generator behind noisy routers. A rank that was not there when it was saved keeps its own."""
     return {f"random_state/rank-{rank:05d}": torch.get_rng_state()}
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "model") -> list[tuple[str, Any, Any]]:
-    found = []
-    for key in sorted(stored.keys() | wanted.keys()):
-        a, b = stored.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}.{key}")
-        elif a != b:
-            found.append((f"{prefix}.{key}", a, b))
-    return found
 
 
 def _disk_full(error: BaseException, folder: Path) -> UserError | None:

@@ -111,19 +111,22 @@ class Sampler:
 class HeldOut:
     """The first windows of the held-out folders, in order; every evaluation sees the same ones."""
 
-    def __init__(self, paths: Sequence[str], sequence_length: int, num_sequences: int, multiple: int = 1) -> None:
+    def __init__(
+        self, paths: Sequence[str], sequence_length: int, num_sequences: int, multiple: int = 1, least: int = 1
+    ) -> None:
         """
         Args:
             num_sequences: as many windows at most.
             multiple: the count is rounded down to a multiple of this, so that ranks share it evenly.
+            least: no fewer than so many times `multiple` will do.
         """
         self.sources = [Source(path, path, sequence_length, seed=0) for path in paths]
         places = [(source, index) for source in self.sources for index in range(source.num_samples)]
         count = min(num_sequences, len(places)) // multiple * multiple
-        if paths and count == 0:
+        if paths and count < multiple * least:
             raise UserError(
                 f"{len(places)} held-out sequences of {sequence_length} tokens in {', '.join(paths)}",
-                f"at least {multiple}, so that every rank has one",
+                f"at least {multiple * least}, so that every rank has enough",
                 "hold out more text (heldout_fraction in `glam prep`), or use fewer ranks or smaller micro-batches",
             )
         self.places = places[:count]

@@ -30,9 +30,12 @@ def result(loss: float, heldout: HeldOut, text_bytes: int | None) -> HeldOutResu
 
 def evaluate_on_ranks(engine: Engine, heldout: HeldOut, text_bytes: int | None, micro_batch: int) -> HeldOutResult:
     """All data-parallel ranks together; the same figures on each."""
-    windows = heldout.read(engine.topology.data_rank, engine.topology.data)
-    batches = [(torch.from_numpy(t), torch.from_numpy(y)) for t, y in cut_batch(windows, micro_batch)]
-    return result(engine.evaluate(batches), heldout, text_bytes)
+    topology, batches = engine.topology, []
+    if engine.reads_data:
+        windows = heldout.read(topology.data_rank, topology.data)
+        batches = [(torch.from_numpy(t), torch.from_numpy(y)) for t, y in cut_batch(windows, micro_batch)]
+    count = len(heldout) // (topology.data * micro_batch)
+    return result(engine.evaluate(batches, count), heldout, text_bytes)
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ def due(step: int, every: int, last: int) -> bool:
 def next_micro_batches(run: Run) -> list[tuple[Tensor, Tensor]]:
     """Draw the next global batch and read this data-parallel rank's slice of it."""
     chosen = run.sampler.next_batch(run.config.train.batch_sequences)
+    if not run.engine.reads_data:
+        return []
     topology = run.engine.topology
     size = len(chosen) // topology.data
     windows = run.sampler.read(chosen[topology.data_rank * size : (topology.data_rank + 1) * size])
@@ -71,7 +73,8 @@ def announce(run: Run) -> None:
     t = run.engine.topology
     run.say(
         f"{run.config.name}: {p.total:,} parameters, {p.active:,} active per token; "
-        f"{t.world_size} rank(s), data {t.data}, expert {t.expert}; {run.config.train.precision} on {run.engine.device}"
+        f"{t.world_size} rank(s): data {t.data}, tensor {t.tensor}, pipeline {t.pipeline}, expert {t.expert}; "
+        f"{run.config.train.precision} on {run.engine.device}"
     )
     if run.resumed_from and run.metrics:
         run.say(f"resumed from {run.resumed_from} (step {run.state.step})")

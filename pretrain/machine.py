@@ -9,8 +9,9 @@ import psutil
 import torch
 
 from configs.errors import UserError
+from configs.layout import layout_faults, nearest_layout
 from configs.parallel import ParallelConfig
-from configs.run import PRESETS, RunConfig, layout_faults
+from configs.run import PRESETS, RunConfig
 from pretrain import budget
 
 
@@ -54,6 +55,8 @@ def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: in
             else "use more or larger devices"
         )
         remedy += f"; what fits here: --config {fits}" if fits else "; no preset fits here"
+    if faults and need <= there and (nearest := nearest_layout(config, world_size)):
+        remedy += f"; the nearest layout that works on {world_size} rank(s): {nearest}"
     found = f"{world_size} rank(s) with {_gib(there)} each ({kind})"
     raise UserError(
         found + "".join(f"; {fault}" for fault in faults),
@@ -69,7 +72,7 @@ def required_ranks(config: RunConfig, world_size: int) -> int:
     model_ranks = p.tensor * p.pipeline
     if p.data != "auto":
         return p.data * model_ranks
-    least = -(-p.expert // p.tensor) * model_ranks
+    least = -(-p.ranks_for_all_experts // p.tensor) * model_ranks
     return world_size if world_size % least == 0 else max(least, world_size // least * least)
 
 

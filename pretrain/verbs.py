@@ -142,6 +142,18 @@ def generate(args: Any) -> None:
     print()
 
 
+def parity(args: Any) -> int:
+    config = RunConfig.load(args.config, args.overrides)
+    if args.micro_batches < 1 or args.steps < 1:
+        raise UserError(
+            f"--micro-batches {args.micro_batches} --steps {args.steps}", "at least 1 of each", "leave them out"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed binds its log to stdout otherwise, into --json
+        from pretrain.gate import run_gate
+
+    return run_gate(config, args)
+
+
 def report(args: Any) -> None:
     run = Path(args.run)
     if not (run / "metrics.jsonl").exists():

@@ -40,7 +40,7 @@ class LaunchEnv:
         # Only a step's tasks have a step id; a batch script also sees SLURM_PROCID and is not one of several ranks.
         if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in ("", "4294967291", "4294967290"):
             return cls._from_srun(env)
-        return cls(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
+        return cls(0, 1, 0, 1, "127.0.0.1", free_port(), "python")
 
     @classmethod
     def _from_torch(cls, env: Mapping[str, str]) -> LaunchEnv:
@@ -98,7 +98,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     return int(value)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from configs.run import RunConfig, layout_faults
+from configs.layout import layout_faults
+from configs.run import RunConfig
 from pretrain.budget import bytes_per_rank
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,10 +28,7 @@ Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]]
 def engine_on(env: LaunchEnv, config: RunConfig) -> Iterator[Engine]:
     topology = make_topology(config, env)
     device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
-    if topology.expert > 1:
-        groups.create_expert_groups(topology)
-    model, placements = materialise(config, topology, device)
-    yield Engine(model, placements, topology, config, device)
+    yield Engine(materialise(config, topology, groups.create(topology), device), config, device)
     groups.stop()
 
 
@@ -75,7 +72,7 @@ def train_job(env: LaunchEnv, config: RunConfig, steps: int, lr: float = 1e-2) -
             figures.append((result.cross_entropy, result.grad_norm))
             first = first or pieces(engine)
         loads = engine.router_loads()
-        evaluated = engine.evaluate(batches(engine, config, 99))
+        evaluated = engine.evaluate(batches(engine, config, 99), engine.num_micro_batches)
         return {"figures": figures, "first": first, "last": pieces(engine), "loads": loads, "evaluated": evaluated}
 
 
@@ -124,7 +121,7 @@ def resume_job(env: LaunchEnv, config: RunConfig, folder: str, stop_at: int, ste
             state.updates += result.applied
         if stop_at < steps and not restored:
             checkpoints.save(engine, state)
-        weights = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in engine.part.owned_parameters().items()}
         return {"figures": figures, "pieces": pieces(engine), "weights": weights}
 
 
@@ -132,8 +129,7 @@ def dispatch_job(env: LaunchEnv, config: RunConfig) -> dict[str, Any]:
     """One mixture-of-experts layer, forward and backward, with its experts on other ranks."""
     topology = make_topology(config, env)
     groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
-    groups.create_expert_groups(topology)
-    model, _ = materialise(config, topology, torch.device("cpu"))
+    model = materialise(config, topology, groups.create(topology), torch.device("cpu")).model
     moe = model.moe_blocks()[0].moe
     assert moe is not None
     x = layer_input(config, env.rank).requires_grad_()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from configs.run import RunConfig
+from pretrain.local_ranks import run_ranks
 from tests.parallel.jobs import assemble, train_job
-from tests.ranks import run_ranks
 from tests.tiny import make_model, tiny_config, token_windows
 
 STEPS = 3

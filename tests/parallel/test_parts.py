@@ -15,8 +15,8 @@ from parallel import groups
 from parallel.fragments import flat_range_boxes
 from parallel.sharding import cut
 from parallel.topology import Topology
+from pretrain.local_ranks import run_ranks
 from tests.parallel.jobs import dispatch_job, error_job, layer_input
-from tests.ranks import run_ranks
 from tests.tiny import make_model, tiny_config
 
 DEGREES = st.sampled_from([1, 2, 4])

@@ -11,8 +11,8 @@ import torch
 from configs.errors import UserError
 from parallel import checkpoint_store as store
 from pretrain.checkpoint import complete_checkpoints, load_weights
+from pretrain.local_ranks import run_ranks
 from tests.parallel.jobs import assemble, resume_job, store_job
-from tests.ranks import run_ranks
 from tests.tiny import make_model, tiny_config
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from pretrain.local_ranks import run_ranks
 from tests.parallel.jobs import assemble, poison_job
-from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
 

@@ -1,0 +1,148 @@
+"""The layouts `glam parity` tries: read from the command line, each a configuration of its own small run."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError
+from configs.layout import layout_faults, nearest_layout
+from configs.run import RunConfig
+
+# As the field abbreviates them -> key of the configuration's `parallel`.
+SHORT = {
+    "dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "expert", "sp": "sequence", "etp": "expert_tensor",
+    "zero": "zero_stage", "schedule": "schedule",
+}  # fmt: skip
+OWN = ("mb", "recompute")  # micro-batches a step, recomputation
+MOST_RANKS = 64  # started on one machine
+# AdamW divides by the root of the second moment: with the usual 1e-8 a gradient element near zero turns its rounding
+# into a whole step. This much larger epsilon lets weights be compared as tightly as gradients.
+EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class Trial:
+    layout: str
+    config: RunConfig
+    ranks: int
+
+
+def make_trials(
+    config: RunConfig, layouts: Sequence[str], micro_batches: int, full_size: bool, ranks_there: int | None = None
+) -> list[Trial]:
+    """One trial a layout, all over the same global batch of the same model.
+
+    Args:
+        micro_batches: a step, where a layout does not say.
+        full_size: keep the model's sizes; otherwise its kinds and proportions only.
+        ranks_there: where ranks were launched already, as many as each layout must fill.
+
+    Raises:
+        UserError: a layout cannot be read, or cannot carry the model.
+    """
+    if config.model.moe and config.model.moe.router.kind == "noisy_topk":
+        raise UserError(
+            "model.moe.router.kind=noisy_topk draws its noise on each rank",
+            "a router that decides alike under every layout",
+            "add model.moe.router='{kind: topk}' to check the layout; the noise itself is no matter of layouts",
+        )
+    asked = [_read(text, micro_batches) for text in layouts or [_halved(config)]]
+    sequences = math.lcm(*(layout["dp"] * layout["mb"] for layout in asked))
+    tree = config.model_dump(mode="json")
+    if not full_size:
+        _shrink(tree, asked)
+    trials = []
+    for text, layout in zip(layouts or [_halved(config)], asked):
+        trial = _configure(tree, text, layout, sequences)
+        ranks = layout["dp"] * layout["tp"] * layout["pp"]
+        if (ranks_there or ranks) != ranks or ranks > (ranks_there or MOST_RANKS):
+            raise UserError(
+                f"--layout {text}: {ranks} rank(s)",
+                f"{ranks_there} rank(s), as launched" if ranks_there else f"at most {MOST_RANKS} on one machine",
+                "choose degrees whose product is that",
+            )
+        if faults := layout_faults(trial, ranks):
+            nearest = nearest_layout(trial, ranks)
+            remedy = f"the nearest that works on {ranks} rank(s): {nearest}" if nearest else "choose other degrees"
+            raise UserError(f"--layout {text}: {'; '.join(faults)}", "a layout that can carry the model", remedy)
+        trials.append(Trial(text, trial, ranks))
+    return trials
+
+
+def _read(text: str, micro_batches: int) -> dict[str, Any]:
+    """ "tp=2,pp=2" -> degrees; what is not named is 1."""
+    layout: dict[str, Any] = {"dp": 1, "tp": 1, "pp": 1, "ep": 1}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = part.partition("=")
+        if key not in SHORT and key not in OWN:
+            near = difflib.get_close_matches(key, (*SHORT, *OWN), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join((*SHORT, *OWN))}"
+            raise UserError(f"--layout {text}: {key!r} is no key", hint, "write for example tp=2,pp=2,ep=2,dp=2")
+        if key != "schedule" and not value.isdecimal():
+            raise UserError(f"--layout {text}: {part!r}", f"{key}=<number>", "write for example tp=2,pp=2,ep=2,dp=2")
+        layout[key] = value if key == "schedule" else int(value)
+        if key in ("dp", "tp", "pp", "ep", "mb") and layout[key] == 0:
+            raise UserError(f"--layout {text}: {part!r}", f"{key} of at least 1", "leave it out for 1")
+    least = 2 * layout["pp"] if layout.get("schedule") == "dualpipev" and layout["pp"] > 1 else 1
+    layout.setdefault("mb", max(micro_batches, least))
+    return layout
+
+
+def _configure(tree: dict[str, Any], text: str, layout: dict[str, Any], sequences: int) -> RunConfig:
+    flags = ("sequence", "expert_tensor")
+    named = {SHORT[key]: value for key, value in layout.items() if key in SHORT}
+    parallel = {key: bool(value) if key in flags else value for key, value in named.items()}
+    train = tree["train"] | {
+        "precision": "float32",
+        "batch_tokens": sequences * tree["train"]["sequence_length"],
+        "micro_batch_sequences": max(1, sequences // (layout["dp"] * layout["mb"])),
+        "optimizer": tree["train"]["optimizer"] | {"epsilon": EPSILON},
+    }
+    if "recompute" in layout:
+        train["recompute"] = bool(layout["recompute"])
+    cluster = tree["cluster"] | {"collective_timeout_s": 60}
+    data = tree["data"] | {"heldout": []}
+    changed = tree | {"parallel": tree["parallel"] | parallel, "train": train, "cluster": cluster, "data": data}
+    return RunConfig.check(changed, where=f"--layout {text}")
+
+
+def _halved(config: RunConfig) -> str:
+    """The configured layout with every degree above 1 brought down to 2: its kind, on few ranks."""
+    p = config.parallel
+    data = 2 if p.data == "auto" or p.data > 1 else 1
+    degrees = {"tp": min(p.tensor, 2), "pp": min(p.pipeline, 2), "ep": min(p.expert, 2), "dp": data}
+    return ",".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "dp=1"
+
+
+def _shrink(tree: dict[str, Any], asked: Sequence[dict[str, Any]]) -> None:
+    """Make the model small in place: its kinds of layers, router, ratios and positions stay, sizes go.
+
+    Sizes stay multiples of the tensor degrees, and layers and experts enough for the stages and expert degrees.
+    """
+    model, tensor = tree["model"], math.lcm(*(layout["tp"] for layout in asked))
+    expert = math.lcm(*(layout["ep"] for layout in asked))
+    stages = max(layout["pp"] * (2 if layout.get("schedule") == "dualpipev" else 1) for layout in asked)
+
+    def small(size: int, wanted: int) -> int:
+        return min(size, -(-wanted // tensor) * tensor)
+
+    attention, moe = model["attention"], model["moe"]
+    kv_heads = attention["num_kv_heads"] or attention["num_heads"]
+    ratio = min(attention["num_heads"] // kv_heads, 2)
+    kv_small = small(kv_heads, 2)
+    attention.update(num_heads=kv_small * ratio, num_kv_heads=kv_small, head_width=min(attention["head_width"], 16))
+    model.update(vocab_size=small(model["vocab_size"], 128), width=min(model["width"], 48))
+    model["ffn"]["width"] = small(model["ffn"]["width"], 72)
+    period = moe["every"] if moe else 1
+    model["num_layers"] = min(model["num_layers"], max(2 * period, stages))
+    tree["train"]["sequence_length"] = small(tree["train"]["sequence_length"], 32)
+    if moe:
+        moe["expert"]["width"] = small(moe["expert"]["width"], 56)
+        least = max(4, moe["router"].get("k", 1))
+        moe["num_experts"] = min(moe["num_experts"], -(-least // expert) * expert)
+        if (capacity := moe["router"].get("capacity")) and capacity["group_tokens"]:
+            capacity["group_tokens"] = tree["train"]["sequence_length"]
