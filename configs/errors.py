@@ -1,8 +1,9 @@
-"""The one exception a user is meant to read."""
+"""Exceptions that a user is meant to read, and exit codes."""
 
 from __future__ import annotations
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3  # interrupted on purpose, state saved: requeue me
 
@@ -19,3 +20,15 @@ class UserError(Exception):
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         self.found, self.expected, self.remedy = found, expected, remedy
         super().__init__(f"found:    {found}\nexpected: {expected}\nremedy:   {remedy}")
+
+
+class RankFailed(Exception):
+    """This rank cannot go on.
+
+    Args:
+        told: what it should print; nothing where another rank tells it.
+    """
+
+    def __init__(self, told: str, exit_code: int) -> None:
+        self.told, self.exit_code = told, exit_code
+        super().__init__(told)

@@ -57,16 +57,18 @@ def save(folder: Path, tensors: Tensors, document: dict[str, Any]) -> None:
         folder: an empty or absent folder, seen by all ranks.
         document: what else a resume needs, as JSON values; rank 0's is kept.
     """
-    no_dist = not dist.is_initialized()
-    save_planned(dict(tensors), storage_writer=_Writer(folder, document), planner=_SavePlanner(), no_dist=no_dist)
+    save_planned(dict(tensors), storage_writer=_Writer(folder, document), planner=_SavePlanner(), no_dist=_alone())
 
 
 def load(folder: Path, tensors: Tensors) -> None:
     """Fill `tensors` in place from a checkpoint of any layout; all ranks call it together."""
-    no_dist = not dist.is_initialized()
-    # One process loading alone is no mistake here (`glam generate`).
+    load_planned(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=_alone())
+
+
+def _alone() -> bool:
+    """Whether this process is on its own, which is no mistake here (`glam generate`, `glam parity`)."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-    load_planned(dict(tensors), storage_reader=_Reader(folder), planner=_LoadPlanner(), no_dist=no_dist)
+    return not dist.is_initialized()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configs.errors import UserError
+from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED, RankFailed, UserError
 from configs.layout import least_micro_batches
 from configs.run import RunConfig
 from model.glam import GLaM
@@ -19,6 +19,7 @@ from model.init import initial_value
 from parallel import groups
 from parallel.engine import Engine
 from parallel.expert import spread_experts
+from parallel.failures import Watch
 from parallel.part import Part
 from parallel.sharding import cut
 from parallel.tensor import split_tensors
@@ -94,6 +95,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     device = groups.start(
         env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s, settings
     )
+    watch = Watch(env.rank, env.world_size)
     try:
         process_groups = groups.create(topology)
         clock.mark("process groups")
@@ -122,10 +124,12 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
                 stop,
                 clock.seconds,
             )
+        watch.stop()
         groups.stop()
-    except BaseException:
-        groups.abandon()
-        raise
+    except Exception as error:
+        # No group is left in order: with a rank gone, that could wait for ever.
+        exit_code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+        raise RankFailed(watch.tell(error), exit_code) from error
 
 
 def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:

@@ -1,12 +1,13 @@
 """Train: `deepspeed pretrain/main.py --config configs/demo.yaml [section.key=value ...]`.
 
-Runs the same under `deepspeed`, `torchrun`, `srun` and plain `python`. Exit codes: 0 done, 2 bad input or machine,
-3 stopped on request with its state saved (start again to go on).
+Runs the same under `deepspeed`, `torchrun`, `srun` and plain `python`. Exit codes: 0 done, 1 failed, 2 bad input or
+machine, 3 stopped on request with its state saved (start again to go on).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     # Started as a script, Python looks for modules in this folder first; the rooms lie one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.errors import EXIT_BAD_INPUT, UserError
+from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, RankFailed, UserError
 from configs.run import RunConfig
 from pretrain.arguments import train_arguments
 from slurm.environ import LaunchEnv
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with build(config, env) as run:
             return loop.train(run)
+    except RankFailed as error:
+        if error.told:
+            print(f"\n{error.told}\n", file=sys.stderr, flush=True)
+        return error.exit_code
     except UserError as error:
         if env is None or env.rank == 0:  # every rank meets the same error; one tells it
             print(f"\n{error}\n", file=sys.stderr, flush=True)
@@ -42,4 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)  # libraries' threads could wait for ranks that are gone; others see the closed connections at once

@@ -51,6 +51,7 @@ class Verdict:
     errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))  # worst of each kind
     departure: Departure | None = None
     seconds: float = 0.0
+    note: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -60,7 +61,7 @@ class Verdict:
         first = vars(self.departure) if self.departure else None
         plain = {key: value if math.isfinite(value) else repr(value) for key, value in self.errors.items()}
         return {"layout": self.layout, "ranks": self.ranks, "agrees": self.agrees, "errors": plain, "departure": first,
-                "seconds": round(self.seconds, 2)}  # fmt: skip
+                "note": self.note, "seconds": round(self.seconds, 2)}  # fmt: skip
 
 
 def judge(layout: str, config: RunConfig, found: Sequence[Figures], wanted: Figures, tolerance: float) -> Verdict:
@@ -103,20 +104,25 @@ Comparison = tuple[str, str, int, float, float]  # what, of which tensor, rank, 
 def _comparisons(found: Sequence[Figures], wanted: Figures) -> Iterator[Comparison]:
     first = found[0]
     yield from _numbers("loss", _step(wanted.losses, 0), [_step(f.losses, 0) for f in found])
-    for layer, load in wanted.loads.items():
-        there = first.loads.get(layer, [])
-        if there != load:
-            # Not a rounding matter: some token went to another expert.
-            yield "loads", f"layer {layer}", 0, math.inf, sum(there) / sum(load)
+    yield from _loads(first, wanted, 0)
     yield from _numbers("balance", wanted.balance, [f.balance for f in found])
     yield from _numbers("z", wanted.z, [f.z for f in found])
     yield from _tensors("gradients", wanted.gradients, [f.gradients for f in found])
     yield from _numbers("norm", _step(wanted.norms, 0), [_step(f.norms, 0) for f in found])
-    yield from _tensors("weights", wanted.weights, [f.weights for f in found])
     for step in range(1, len(wanted.losses)):
+        yield from _loads(first, wanted, step)
         yield from _numbers("loss", _step(wanted.losses, step), [_step(f.losses, step) for f in found])
         yield from _numbers("norm", _step(wanted.norms, step), [_step(f.norms, step) for f in found])
+    yield from _tensors("weights", wanted.weights, [f.weights for f in found])
     yield from _numbers("heldout", {"after training": wanted.heldout}, [{"after training": f.heldout} for f in found])
+
+
+def _loads(found: Figures, wanted: Figures, step: int) -> Iterator[Comparison]:
+    """Not a matter of rounding: where loads differ, some token went to another expert."""
+    for layer, load in wanted.loads[step].items():
+        there = found.loads[step].get(layer, [])
+        if there != load:
+            yield "loads", f"layer {layer} at step {step + 1}", 0, math.inf, sum(there) / sum(load)
 
 
 def _step(values: list[float], step: int) -> dict[Any, float]:

@@ -35,7 +35,7 @@ class Figures:
     norms: list[float] = field(default_factory=list)  # of the gradient, before clipping
     balance: dict[int, float] = field(default_factory=dict)  # layer -> balance loss, without coefficient
     z: dict[int, float] = field(default_factory=dict)
-    loads: dict[int, list[float]] = field(default_factory=dict)  # layer -> kept choices of each expert
+    loads: list[dict[int, list[float]]] = field(default_factory=list)  # step -> layer -> kept choices of each expert
     heldout: float = 0.0  # cross-entropy of other tokens after the last step
     gradients: dict[str, Boxes] = field(default_factory=dict)  # mean over the batch, before clipping
     weights: dict[str, Boxes] = field(default_factory=dict)  # after the last step
@@ -93,7 +93,7 @@ def oracle(config: RunConfig, steps: int, device: str = "cpu") -> Figures:
         model.loss(hidden, windows[:, 1:]).backward()  # type: ignore[no-untyped-call]
         if step == 0:
             found.gradients = {n: [((0,) * p.ndim, _copy(p.grad))] for n, p in parameters.items()}
-            _note_routers(found, {layer: block.totals.take() for layer, block in model.moe_blocks().items()})
+        _note_routers(found, {layer: block.totals.take() for layer, block in model.moe_blocks().items()})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or float("inf"))
         optimizer.step()
         found.losses.append(float(model.cross_entropies[0]))
@@ -149,8 +149,7 @@ def run_layout(
                     return fit_to_apply(cross_entropy, norm)
 
             result = engine.train_step(_micro_batches(config, topology, step), config.train.optimizer.peak_lr, accept)
-            if step == 0:
-                _note_routers(found, engine.router_loads())
+            _note_routers(found, engine.router_loads())
             found.losses.append(result.cross_entropy)
             found.norms.append(result.grad_norm)
         held = engine.tensors()
@@ -176,9 +175,12 @@ def _micro_batches(config: RunConfig, topology: Topology, step: int) -> list[Mic
 
 
 def _note_routers(found: Figures, taken: dict[int, Any]) -> None:
+    found.loads.append({})
     for layer, totals in taken.items():
         *load_E, _, balance, z, passes = totals.tolist()
-        found.loads[layer], found.balance[layer], found.z[layer] = load_E, balance / passes, z / passes
+        found.loads[-1][layer] = load_E
+        found.balance.setdefault(layer, balance / passes)
+        found.z.setdefault(layer, z / passes)
 
 
 def _copies(held: Any) -> dict[str, Boxes]:

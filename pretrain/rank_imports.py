@@ -1,13 +1,18 @@
 """What the fork server of `pretrain.local_ranks` imports once, so that its ranks need not."""
 
+import contextlib
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork after a second OpenMP thread would hang
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these ranks share the CPU, whatever else is there
+# These ranks share the CPU, whatever else is there; and deepspeed need not look for it, and say so.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
 torch.set_num_threads(1)
 
-import pretrain.loop  # noqa: E402
-import pretrain.parity_ranks  # noqa: E402, F401
+with contextlib.redirect_stdout(sys.stderr):  # deepspeed binds its log to stdout otherwise, into --json
+    import pretrain.loop
+    import pretrain.parity_ranks  # noqa: F401
