@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 from configs.errors import UserError
 
 POLL_S = 1.0
+RANK_0_GONE = "rank 0, which keeps the store, is gone without a word (killed? out of memory?)"
 GRACE_S = 10.0  # that a rank has to end by itself once another has failed
 _LOST_CONTACT = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out|socket timeout|recvmsg|sendmsg|NCCL|store", re.IGNORECASE
@@ -29,7 +30,7 @@ class Watch:
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self._ending = rank, threading.Event()
+        self.rank, self._ending, self._heard = rank, threading.Event(), ""
         self._store = None
         if world_size > 1:
             # A connection of its own: a thread that waits must not block the main one.
@@ -47,9 +48,11 @@ class Watch:
         lost_contact = not isinstance(error, UserError) and _is_lost_contact(error)
         mine = f"rank {self.rank}: {_one_line(error)}"
         first = self._first(mine, wait_s=3.0 if lost_contact else 0.0)
+        # The first is to be read first; and rank 0 keeps the store, from which others learn why they end.
+        time.sleep(2.0 if self.rank == 0 else 0.0 if first == mine else 1.0)
         if first == mine:
             if isinstance(error, UserError):
-                return str(error)
+                return f"\n{error}\n"
             if lost_contact:
                 return (
                     f"rank {self.rank} lost contact with another rank, which ended without a word (killed? out of "
@@ -59,7 +62,7 @@ class Watch:
             return f"rank {self.rank} failed, and ends the run:\n{told}"
         if isinstance(error, UserError) and first.endswith(_one_line(error)):
             return ""  # every rank met the same; one tells it
-        return f"rank {self.rank} ends, as {first or 'the others are gone'}"
+        return f"rank {self.rank} ends, as {first}"
 
     def _first(self, mine: str, wait_s: float) -> str:
         """The first failure on record, which is `mine` if there was none."""
@@ -71,21 +74,20 @@ class Watch:
                 time.sleep(0.1)
             found: bytes = self._store.compare_set("first", "", mine)
             return found.decode()
-        except Exception:  # rank 0, which keeps the store, is gone: whatever happened, it happened there or before
-            return "" if wait_s else mine
+        except Exception:
+            return (self._heard or RANK_0_GONE) if wait_s else mine
 
     def _listen(self) -> None:
         assert self._store is not None
-        reason = ""
-        while not reason and not self._ending.wait(POLL_S):
+        while not self._heard and not self._ending.wait(POLL_S):
             try:
                 if self._store.check(["first"]):
-                    reason = self._store.get("first").decode()
+                    self._heard = self._store.get("first").decode()
             except Exception:
-                reason = "rank 0 is gone"
-        if not reason or self._ending.wait(GRACE_S):
+                self._heard = RANK_0_GONE
+        if not self._heard or self._ending.wait(GRACE_S):
             return
-        print(f"rank {self.rank} ends, as {reason}", file=sys.stderr, flush=True)
+        print(f"rank {self.rank} ends, as {self._heard}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -96,8 +98,9 @@ def _is_lost_contact(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+    text = re.sub(r"\[/[^]]*\] ", "", str(error)).strip()  # gloo begins with a path of the machine it was built on
+    first = re.split(r"\n|\. This is typically", text)[0]
+    return f"{type(error).__name__}: {first}"[:300]
 
 
 def _where(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     # Started as a script, Python looks for modules in this folder first; the rooms lie one above.
@@ -25,6 +26,8 @@ from slurm.environ import LaunchEnv
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit code."""
     parsed = train_arguments(arguments)
+    # Read when torch is loaded: its C++ stack traces of lost connections would bury the one error that tells.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     env = None
     try:
         env = LaunchEnv.read()
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return loop.train(run)
     except RankFailed as error:
         if error.told:
-            print(f"\n{error.told}\n", file=sys.stderr, flush=True)
+            print(error.told, file=sys.stderr, flush=True)
         return error.exit_code
     except UserError as error:
         if env is None or env.rank == 0:  # every rank meets the same error; one tells it
@@ -46,9 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End the process; after a failure at once."""
     if code in (EXIT_DONE, EXIT_STOPPED):
         sys.exit(code)
     sys.stdout.flush()
     os._exit(code)  # libraries' threads could wait for ranks that are gone; others see the closed connections at once
+
+
+if __name__ == "__main__":
+    leave(main())
