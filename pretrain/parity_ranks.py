@@ -148,13 +148,13 @@ def run_layout(
                     found.gradients = _copies(engine.gradients())
                     return fit_to_apply(cross_entropy, norm)
 
-            result = engine.train_step(_micro_batches(config, topology, step), config.train.optimizer.peak_lr, accept)
+            result = engine.train_step(micro_batches(config, topology, step), config.train.optimizer.peak_lr, accept)
             _note_routers(found, engine.router_loads())
             found.losses.append(result.cross_entropy)
             found.norms.append(result.grad_norm)
         held = engine.tensors()
         found.weights = _copies((n.removesuffix("/weight"), b) for n, b in held.items() if n.endswith("/weight"))
-        found.heldout = engine.evaluate(_micro_batches(config, topology, steps), engine.num_micro_batches)
+        found.heldout = engine.evaluate(micro_batches(config, topology, steps), engine.num_micro_batches)
     return found
 
 
@@ -169,7 +169,7 @@ def engine_of(config: RunConfig, topology: Topology, device: torch.device, seed_
     groups.forget_expert_groups()
 
 
-def _micro_batches(config: RunConfig, topology: Topology, step: int) -> list[MicroBatch]:
+def micro_batches(config: RunConfig, topology: Topology, step: int) -> list[MicroBatch]:
     mine = token_windows(config, step).chunk(topology.data)[topology.data_rank]
     return [(part[:, :-1], part[:, 1:]) for part in mine.split(config.train.micro_batch_sequences)]
 

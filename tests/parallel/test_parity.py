@@ -1,0 +1,195 @@
+"""Every layout trains like one process that runs plain PyTorch: losses, router losses and loads, the gradient of every
+parameter, the global norm, the weights after three steps, a held-out loss.
+
+Tolerance: `pretrain.parity.TOLERANCE`, with its reason there. The same gate is the user's `glam parity`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from configs.run import RunConfig
+from pretrain.gate import _reseeded
+from pretrain.local_ranks import run_ranks
+from pretrain.parity import TOLERANCE, Verdict, judge
+from pretrain.parity_ranks import Figures, oracle, write_seed_checkpoint
+from pretrain.trials import Trial, make_trials
+from tests.parallel.gate_jobs import FAULTS, counting_job, faulty_job, variants_job
+from tests.tiny import tiny_config
+
+STEPS = 3
+# The norm is above 1 here, so clipping acts.
+COMMON = (
+    "model.lm_z_coef=1e-3",
+    "train.clip_norm=0.5",
+    "model.moe.router={kind: topk, balance_coef: 0.1, z_coef: 0.01}",
+)
+CAPACITY = "model.moe.router={kind: topk, capacity: {factor: 0.8}, balance_coef: 0.1, z_coef: 0.01}"
+GROUPED = "model.attention={num_heads: 4, num_kv_heads: 2, head_width: 8, qk_norm: true, position: {kind: rotary}}"
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("seeds")
+
+
+@lru_cache
+def truth_of(model_json: str, train_json: str, config: RunConfig) -> Figures:
+    return oracle(config, STEPS)
+
+
+def truth(config: RunConfig) -> Figures:
+    """The oracle, computed once for all trials of one model, batch and seed; micro-batches and layout are no part."""
+    train = config.train.model_copy(update={"micro_batch_sequences": 1, "recompute": False})
+    alone = tiny_config().parallel
+    plain = config.model_copy(update={"train": train, "parallel": alone})
+    return truth_of(config.model.model_dump_json(), train.model_dump_json(), plain)
+
+
+def seed_checkpoint(config: RunConfig, folder: Path) -> str:
+    path = folder / f"{hash((config.model.model_dump_json(), config.train.seed)):x}"
+    if not path.exists():
+        write_seed_checkpoint(config, path)
+    return str(path)
+
+
+def trial(layout: str, *overrides: str, sequences: int = 8) -> Trial:
+    """One layout of the tiny model over 8 sequences a step."""
+    degrees = dict(part.split("=") for part in layout.split(","))
+    per_rank = sequences // (int(degrees.get("dp", 1)) * int(degrees.get("mb", 4)))
+    [made] = make_trials(tiny_config(*COMMON, *overrides), [layout], 4, full_size=True)
+    train = made.config.train.model_copy(update={"micro_batch_sequences": per_rank, "batch_tokens": 16 * sequences})
+    return Trial(layout, made.config.model_copy(update={"train": train}), made.ranks)
+
+
+def verdicts(trials: list[Trial], folder: Path) -> list[Verdict]:
+    """All trials of one number of ranks, in one start of them."""
+    configs = [t.config for t in trials]
+    found = run_ranks(
+        trials[0].ranks, variants_job, configs, [seed_checkpoint(c, folder) for c in configs], STEPS, timeout_s=300
+    )
+    return [
+        judge(t.layout, t.config, [rank[n] for rank in found], truth(t.config), TOLERANCE) for n, t in enumerate(trials)
+    ]
+
+
+def assert_agree(trials: list[Trial], folder: Path) -> None:
+    told = [
+        f"{v.layout} {t.config.model.moe}: {v.departure}"
+        for t, v in zip(trials, verdicts(trials, folder))
+        if not v.agrees
+    ]
+    assert not told, "\n".join(told)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp=2",
+        "dp=2,zero=0",
+        "tp=2",
+        "pp=2",
+        "ep=2,dp=2",
+        "tp=2,pp=2",
+        "pp=2,ep=2,dp=2",
+        "tp=2,ep=2",
+        "tp=2,pp=2,ep=2,dp=2",
+    ],
+)
+def test_layout_trains_as_one_process_does(layout: str, seeds: Path) -> None:
+    """1 and 4 micro-batches x recompute on and off x dropless and capacity."""
+    trials = [
+        trial(f"{layout},mb={micro_batches},recompute={recompute}", *capacity)
+        for micro_batches in (1, 4)
+        for recompute in (0, 1)
+        for capacity in ((), (CAPACITY,))
+    ]
+    assert_agree(trials, seeds)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_other_layouts_and_models(ranks: int, seeds: Path) -> None:
+    untied = ("model.tied_embedding=false", "model.moe.expert.gated=true")
+    dense = ("model.moe=null",)
+    choice = ("model.moe.router={kind: expert_choice, allow_noncausal: true}",)
+    listed = {
+        1: [trial("dp=1,mb=8"), trial("dp=1,mb=1", *dense), trial("dp=1,mb=2", *untied)],
+        2: [
+            trial("tp=2,sp=0"), trial("tp=2,sp=0", CAPACITY), trial("tp=2,etp=1"), trial("tp=2,sp=0,etp=1"),
+            trial("pp=2,schedule=dualpipev"), trial("pp=2,schedule=dualpipev,recompute=1", *untied),
+            trial("tp=2", GROUPED, *untied), trial("pp=2", *untied), trial("tp=2", *dense), trial("tp=2,ep=2", *choice),
+            trial("tp=2,zero=0,ep=2"), trial("pp=2,zero=0"),
+        ],
+        3: [trial("pp=3,mb=2"), trial("pp=3,zero=0")],
+        4: [
+            trial("pp=4"), trial("pp=4,mb=1", CAPACITY), trial("pp=4", *dense), trial("tp=2,dp=2,ep=4"),
+            trial("tp=2,dp=2,ep=2,etp=1"), trial("tp=2,dp=2,ep=2,etp=1,sp=0,zero=0"), trial("tp=2,dp=2,ep=1,zero=0"),
+            trial("tp=2,pp=2", GROUPED, *untied), trial("tp=2,pp=2,schedule=dualpipev", *untied), trial("dp=4,ep=2,mb=2"),
+        ],
+        8: [
+            trial("tp=2,pp=2,dp=2,ep=4"), trial("tp=2,pp=2,dp=2,ep=2,etp=1"), trial("tp=2,pp=2,dp=2,ep=2,zero=0"),
+            trial("tp=2,pp=2,dp=2,ep=2,schedule=dualpipev", CAPACITY), trial("pp=4,dp=2,ep=2"),
+        ],
+    }[ranks]  # fmt: skip
+    assert_agree(listed, seeds)
+
+
+def test_stages_may_hold_unequal_numbers_of_experts_and_none(seeds: Path) -> None:
+    """What `pp=3` and `pp=4` above rest on: a layout in which stages differ, and one where some hold no experts."""
+    from pretrain import budget
+
+    for pipeline, counts in ((3, {1, 0}), (4, {1, 0})):
+        config = trial(f"pp={pipeline},mb=4").config
+        stages = budget.stages(config)
+        held = [sum(config.model.is_moe(n) for n in stages.blocks(stage)) for stage in range(pipeline)]
+        assert set(held) == counts and sum(held) == 2
+    assert len({len(budget.stages(trial("pp=3,mb=4").config).blocks(stage)) for stage in range(3)}) == 2
+
+
+# ---- the gate itself ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("fault", "layout", "what", "tensor", "ratio", "cause"),
+    [
+        ("experts_counted_twice", "ep=2,dp=2", "gradients", ".experts.", 2, "2 expert ranks"),
+        ("norms_left_partial", "tp=2", "gradients", "_norm.scale", None, ""),
+        ("routers_left_partial", "tp=2,ep=2", "gradients", ".router.weight", None, ""),
+        ("balance_counted_per_micro_batch", "dp=2,mb=4", "gradients", "", None, ""),
+        ("norm_without_experts", "ep=2,dp=2", "norm", "step 1", None, ""),
+        ("embedding_not_tied", "pp=2", "gradients", "embed.weight", None, ""),
+        ("no_clipping", "dp=2,zero=0", "loads", "step 2", None, ""),
+        ("no_clipping", "dp=2", "loads", "step 2", None, ""),
+        ("heads_swapped", "tp=2", "loss", "step 1", None, ""),
+    ],
+)
+def test_gate_catches(
+    fault: str, layout: str, what: str, tensor: str, ratio: float | None, cause: str, seeds: Path
+) -> None:
+    made = trial(layout)
+    for number in (0, 1):  # the gate counts a departure only if a second seed departs too
+        config = _reseeded(made.config, number)
+        found = run_ranks(made.ranks, faulty_job, config, seed_checkpoint(config, seeds), STEPS, fault)
+        first = judge(layout, config, found, truth(config), TOLERANCE).departure
+        assert first is not None, f"{fault} passed"
+        assert (first.what, tensor in first.tensor) == (what, True), first
+        assert first.error > 10 * TOLERANCE and cause in first.cause, first
+        assert ratio is None or first.ratio == pytest.approx(ratio, rel=1e-3)
+
+
+def test_every_planted_fault_is_tried() -> None:
+    [marks] = [m for m in test_gate_catches.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
+    assert {case[0] for case in marks.args[1]} == set(FAULTS)
+
+
+# ---- no doubled work ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_one_backward_pass_a_block_and_micro_batch(schedule: str, recompute: int, seeds: Path) -> None:
+    made = trial(f"pp=2,mb=4,recompute={recompute},schedule={schedule}")
+    found = run_ranks(2, counting_job, made.config, seed_checkpoint(made.config, seeds))
+    backward = {name: n for rank in found for name, n in rank["backward"].items()}
+    forward = {name: n for rank in found for name, n in rank["forward"].items()}
+    assert backward == {f"block {n}": 4 for n in range(4)}
+    assert forward == {f"block {n}": 4 * (1 + recompute) for n in range(4)}
