@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 OVERRIDES_HELP = "changes to the file, as section.key=value (YAML values), e.g. train.steps=100 model.moe=null"
+JSON_HELP = "one JSON object on standard output"
 
 
 def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,70 +29,75 @@ def glam_parser() -> argparse.ArgumentParser:
     def verb(name: str, summary: str, example: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
 
-    plan = verb(
+    def configured(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        made = verb(name, summary, example)
+        made.add_argument("config")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        return made
+
+    plan = configured(
         "plan",
         "Parameters, FLOPs and bytes per rank of a configuration, without devices.",
         "glam plan configs/glam.yaml --json",
     )
-    plan.add_argument("config")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     plan.add_argument("--ranks", type=int, help="ranks where parallel.data is auto (default: the fewest that carry it)")
-    plan.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    plan.add_argument("--json", action="store_true", help=JSON_HELP)
 
-    prep = verb(
+    configured(
         "prep", "Make a tokenizer and token shards from raw text.", "glam prep configs/corpus_demo.yaml workers=4"
     )
-    prep.add_argument("config")
-    prep.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-
-    train = verb(
+    configured(
         "train",
         "Train on this process alone (several ranks: start pretrain/main.py with a launcher).",
         "glam train configs/demo.yaml parallel.expert=1",
     )
-    train.add_argument("config")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-
+    _parity(
+        configured(
+            "parity",
+            "Prove that layouts train as one process does: losses, every gradient, the norm, weights. Exit code 1 if "
+            "one does not. Under a launcher it uses the launched ranks, else it starts its own here.",
+            "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
+        )
+    )
     evaluate = verb(
         "eval",
         "Held-out loss and bits per byte of a run's newest checkpoint, beside an order-0 baseline.",
         "glam eval runs/demo",
     )
     evaluate.add_argument("run", help="a run folder")
-    evaluate.add_argument("--json", action="store_true", help="one JSON object on standard output")
-
-    generate = verb(
-        "generate",
-        "Continue a text with a run's newest checkpoint.",
-        "glam generate runs/demo --prompt 'def main():' --max-tokens 100",
+    evaluate.add_argument("--json", action="store_true", help=JSON_HELP)
+    _generate(
+        verb(
+            "generate",
+            "Continue a text with a run's newest checkpoint.",
+            "glam generate runs/demo --prompt 'def main():' --max-tokens 100",
+        )
     )
-    generate.add_argument("run", help="a run folder")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-tokens", type=int, default=120)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int, default=0)
-
-    parity = verb(
-        "parity",
-        "Prove that layouts train as one process does: losses, every gradient, the norm, weights. Exit code 1 if not.",
-        "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
+    verb("report", "Draw a run's curves into RUN/loss.png.", "glam report runs/demo").add_argument(
+        "run", help="a run folder"
     )
-    parity.add_argument("config")
-    parity.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    return parser
+
+
+def _parity(parity: argparse.ArgumentParser) -> None:
     parity.add_argument(
         "--layout",
         action="append",
         default=[],
-        help="tp, pp, ep, dp degrees; sp=0|1, etp=0|1, zero=0|1, schedule=dualpipev, mb=<micro-batches>, recompute=0|1 "
+        help="degrees tp, pp, ep, dp; switches sp, etp, zero, recompute = 0 or 1; schedule=dualpipev; mb=micro-batches "
         "(default: the configuration's, each degree at most 2)",
     )
     parity.add_argument("--micro-batches", type=int, default=4, help="a step, where a layout does not say (default 4)")
     parity.add_argument("--steps", type=int, default=3)
     parity.add_argument("--full-size", action="store_true", help="keep the model's sizes, not its kinds only")
     parity.add_argument("--tolerance", type=float, help="relative (default 1e-5, on GPUs 1e-4)")
-    parity.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parity.add_argument("--json", action="store_true", help=JSON_HELP)
 
-    report = verb("report", "Draw a run's curves into RUN/loss.png.", "glam report runs/demo")
-    report.add_argument("run", help="a run folder")
-    return parser
+
+def _generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("run", help="a run folder")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-tokens", type=int, default=120)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
+    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--seed", type=int, default=0)

@@ -81,9 +81,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     topology = make_topology(config, env)
     _share_cores(env)
     keep_freed_memory()
-    sampler = Sampler(config.data, config.train.sequence_length)
-    check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
-    heldout = make_heldout(config, topology.data * config.train.micro_batch_sequences, least_micro_batches(config))
+    sampler, heldout = open_data(config, topology)
     run_dir = Path(config.run_dir)
     refuse_unwritable(run_dir)
     if found := complete_checkpoints(run_dir):
@@ -161,6 +159,14 @@ def materialise(config: RunConfig, topology: Topology, process_groups: groups.Gr
     # that share tokens (tensor ranks) must draw the same.
     torch.manual_seed(config.train.seed * 1_000_003 + topology.stage * topology.data + topology.data_rank)
     return part
+
+
+def open_data(config: RunConfig, topology: Topology) -> tuple[Sampler, HeldOut | None]:
+    """Training and held-out data, checked against the model's vocabulary and the layout."""
+    sampler = Sampler(config.data, config.train.sequence_length)
+    check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
+    per_pass = topology.data * config.train.micro_batch_sequences
+    return sampler, make_heldout(config, per_pass, least_micro_batches(config))
 
 
 def make_heldout(config: RunConfig, multiple: int = 1, least: int = 1) -> HeldOut | None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.layout import LAYOUT_RULES, layout_faults
+from configs.layout import LAYOUT_RULES, layout_faults, nearest_layout
 from configs.parallel import ParallelConfig
 from configs.run import RULES, RunConfig
 from configs.train import TrainConfig
@@ -50,10 +50,34 @@ BROKEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("parallel.tensor=3", "num_heads=4"),
         ("parallel.tensor=2",),
     ),
+    "tensor_divides_widths": (
+        ("parallel.tensor=4", "model.ffn.width=50"),
+        ("parallel.tensor=4", "model.ffn.width=50", "nearest that works: parallel.tensor=2"),
+        ("parallel.tensor=2", "model.ffn.width=50"),
+    ),
+    "tensor_divides_vocabulary": (
+        ("parallel.tensor=4", "model.vocab_size=66"),
+        ("parallel.tensor=4", "model.vocab_size=66", "68", "nearest that works: parallel.tensor=2"),
+        ("parallel.tensor=2", "model.vocab_size=66"),
+    ),
+    "tensor_divides_sequence": (
+        ("parallel.tensor=4", "train.sequence_length=18", "train.batch_tokens=144"),
+        ("parallel.tensor=4", "train.sequence_length=18"),
+        (
+            "parallel={tensor: 4, sequence: false, expert_tensor: true}",
+            "train.sequence_length=18",
+            "train.batch_tokens=144",
+        ),
+    ),
     "stages_have_layers": (
         ("parallel.pipeline=5",),
-        ("parallel.pipeline=5", "model.num_layers=4"),
+        ("parallel.pipeline=5", "model.num_layers=4", "nearest that works: parallel.pipeline=4"),
         ("parallel.pipeline=4",),
+    ),
+    "zero_0_is_float32": (
+        ("parallel.zero_stage=0",),
+        ("parallel.zero_stage=0", "train.precision=bf16"),
+        ("parallel.zero_stage=0", "train.precision=float32"),
     ),
 }
 
@@ -115,7 +139,9 @@ def test_broken_rules_are_told_together(check: Check) -> None:
         (("parallel.data=4",), 2, ("4 rank(s)", "data=4", "2 were launched")),
         (("parallel.expert=2",), 1, ("parallel.expert=2", "1 rank(s)")),
         (("parallel.expert=3",), 4, ("parallel.expert=3", "4 rank(s)")),
+        (("parallel={tensor: 2, expert: 2, expert_tensor: true}",), 2, ("parallel.expert=2", "1 rank(s)", "(data)")),
         ((), 8, ("8 sequences", "8 x 2")),
+        (("parallel={pipeline: 2, schedule: dualpipev}",), 4, ("needs 4 micro-batches", "holds 2")),
         (("data.heldout=[x]", "train.eval_sequences=5"), 2, ("train.eval_sequences=5", "4")),
     ],
 )
@@ -129,6 +155,27 @@ def test_layout_fault_names_both_values(
 def test_layout_without_faults(check: Check) -> None:
     config = check("parallel.expert=2", "data.heldout=[x]", "train.eval_sequences=8")
     assert layout_faults(config, 2) == layout_faults(config, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "nearest"),
+    [
+        (("parallel.tensor=2", "parallel.pipeline=2"), 2, "parallel.tensor=1"),
+        (("parallel.expert=6",), 4, "parallel.expert=2"),
+        (("parallel.data=4",), 2, "parallel.data=2"),
+        (("parallel={data: 2, tensor: 2, pipeline: 2, expert: 3}",), 8, "parallel.expert=2"),
+        ((), 7, None),  # seven stages, heads or sequences there are not
+    ],
+)
+def test_nearest_layout_runs_on_the_ranks_that_are_there(
+    check: Check, overrides: tuple[str, ...], world_size: int, nearest: str | None
+) -> None:
+    config = check(*overrides)
+    assert layout_faults(config, world_size)
+    assert nearest_layout(config, world_size) == nearest
+    if nearest:
+        parallel = [f"parallel.{key}={value}".lower() for key, value in config.parallel.model_dump().items()]
+        assert layout_faults(check(*parallel, *nearest.split()), world_size) == []
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4096))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.model import ModelConfig
 from configs.run import PRESETS, RunConfig
@@ -40,10 +42,20 @@ def test_initial_experts_are_drawn_by_global_number() -> None:
     config = tiny_config().model
     name, shape = "blocks.0.moe.experts.up", (4, 40, 32)
     whole = initial_value(name, shape, config, seed=3)
-    second_half = initial_value(name, (2, 40, 32), config, seed=3, first_row=2)
-    assert torch.equal(whole[2:], second_half)
+    assert torch.equal(whole[2:], initial_value(name, shape, config, 3, (2, 0, 0), (2, 40, 32)))
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, initial_value(name, shape, config, seed=4))
+
+
+@given(st.data())
+def test_any_box_of_a_parameter_is_drawn_as_part_of_the_whole(data: st.DataObject) -> None:
+    """However tensor and expert ranks cut it; 600 rows are three blocks of draws."""
+    config = tiny_config().model
+    name, shape = data.draw(st.sampled_from([("embed.weight", (600, 5)), ("blocks.0.moe.experts.up", (3, 300, 4))]))
+    offset = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    part = tuple(data.draw(st.integers(1, size - start)) for size, start in zip(shape, offset))
+    box = tuple(slice(start, start + size) for start, size in zip(offset, part))
+    assert torch.equal(initial_value(name, shape, config, 3, offset, part), initial_value(name, shape, config, 3)[box])
 
 
 def test_auxiliary_losses_enter_the_gradient_with_their_coefficients() -> None:

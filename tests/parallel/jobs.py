@@ -48,32 +48,30 @@ def pieces(engine: Engine) -> Pieces:
 
 
 def assemble(ranks: list[Pieces]) -> dict[str, Tensor]:
-    """Whole tensors from the boxes of all ranks; every element must come from exactly one box."""
+    """Whole tensors from the boxes of all ranks; every element comes from one, and copies are the same to the bit."""
     whole: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
     for rank in ranks:
         for name, (shape, boxes) in rank.items():
             tensor = whole.setdefault(name, torch.full(shape, float("nan")))
-            count = written.setdefault(name, torch.zeros(shape, dtype=torch.int))
+            seen = written.setdefault(name, torch.zeros(shape, dtype=torch.bool))
             for offset, values in boxes:
                 place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape))
-                tensor[place] = values
-                count[place] += 1
-    assert all((count == 1).all() for count in written.values())
+                assert torch.equal(tensor[place][seen[place]], values[seen[place]]), f"copies of {name} differ"
+                tensor[place], seen[place] = values, True
+    assert all(seen.all() for seen in written.values())
     return whole
 
 
 def train_job(env: LaunchEnv, config: RunConfig, steps: int, lr: float = 1e-2) -> dict[str, Any]:
-    """Train; returns each step's figures, the pieces after the first and the last step, loads, a held-out loss."""
+    """Train; returns each step's figures and the pieces after the first step."""
     with engine_on(env, config) as engine:
         figures, first = [], None
         for step in range(steps):
             result = engine.train_step(batches(engine, config, step), lr, fit_to_apply)
             figures.append((result.cross_entropy, result.grad_norm))
             first = first or pieces(engine)
-        loads = engine.router_loads()
-        evaluated = engine.evaluate(batches(engine, config, 99), engine.num_micro_batches)
-        return {"figures": figures, "first": first, "last": pieces(engine), "loads": loads, "evaluated": evaluated}
+        return {"figures": figures, "first": first}
 
 
 def poison_job(env: LaunchEnv, config: RunConfig, bad_rank: int | None, where: str) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def poison_job(env: LaunchEnv, config: RunConfig, bad_rank: int | None, where: s
 
 
 def poison(model: GLaM, where: str) -> Callable[[], None]:
-    """Make one gradient, or the loss, not a number; returns how to undo it."""
+    """Make one gradient, or the loss, not a number, wherever this rank holds it; returns how to undo it."""
     if where == "loss":
         original = model.norm.forward
         model.norm.forward = lambda x: original(x) * float("nan")  # type: ignore[method-assign]
@@ -122,7 +120,8 @@ def resume_job(env: LaunchEnv, config: RunConfig, folder: str, stop_at: int, ste
         if stop_at < steps and not restored:
             checkpoints.save(engine, state)
         weights = {name: parameter.detach().clone() for name, parameter in engine.part.owned_parameters().items()}
-        return {"figures": figures, "pieces": pieces(engine), "weights": weights}
+        evaluated = engine.evaluate(batches(engine, config, 99), engine.num_micro_batches)
+        return {"figures": figures, "pieces": pieces(engine), "weights": weights, "evaluated": evaluated}
 
 
 def dispatch_job(env: LaunchEnv, config: RunConfig) -> dict[str, Any]:

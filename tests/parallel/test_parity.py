@@ -127,7 +127,8 @@ def test_other_layouts_and_models(ranks: int, seeds: Path) -> None:
         4: [
             trial("pp=4"), trial("pp=4,mb=1", CAPACITY), trial("pp=4", *dense), trial("tp=2,dp=2,ep=4"),
             trial("tp=2,dp=2,ep=2,etp=1"), trial("tp=2,dp=2,ep=2,etp=1,sp=0,zero=0"), trial("tp=2,dp=2,ep=1,zero=0"),
-            trial("tp=2,pp=2", GROUPED, *untied), trial("tp=2,pp=2,schedule=dualpipev", *untied), trial("dp=4,ep=2,mb=2"),
+            trial("tp=2,pp=2", GROUPED, *untied), trial("tp=2,pp=2,schedule=dualpipev", *untied),
+            trial("dp=4,ep=2,mb=2"),
         ],
         8: [
             trial("tp=2,pp=2,dp=2,ep=4"), trial("tp=2,pp=2,dp=2,ep=2,etp=1"), trial("tp=2,pp=2,dp=2,ep=2,zero=0"),

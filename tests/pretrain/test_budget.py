@@ -19,6 +19,7 @@ from configs.model import ModelConfig
 from configs.run import PRESETS, RunConfig
 from model.glam import GLaM
 from model.init import initial_value
+from parallel.stages import cut_by_cost
 from pretrain import budget
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,20 +99,29 @@ def test_formula_counts_any_model_part_by_part(config: ModelConfig) -> None:
     assert counts.embedding == total("embed.", "head.")
     assert counts.norms == total("norm.")
     assert counts.active <= counts.total
-    assert budget.stage_parameters(config, 1) == (counts.total - counts.experts, counts.experts)
+    whole = cut_by_cost([1.0] * config.num_layers, 0.0, 1)
+    assert budget.stage_parameters(config, whole, 0) == (counts.total - counts.experts, counts.experts, 0)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_stages_together_hold_the_model(name: str) -> None:
-    """Even cuts of an even model: the heaviest stage, times the stages, holds all and little more."""
-    config = preset(name).model
-    counts = budget.parameters(config)
-    tables = config.vocab_size * config.width
-    for stages in (2, 4):
-        dense, experts = budget.stage_parameters(config, stages)
-        if config.num_layers % (2 * stages) == 0:
-            assert experts * stages == counts.experts
-        assert counts.total - counts.experts <= dense * stages <= counts.total - counts.experts + stages * tables
+    """Every parameter lies on one stage; a tied embedding is copied to the last, where that is not the first."""
+    for pipeline, schedule in ((2, "1f1b"), (4, "1f1b"), (2, "dualpipev")):
+        config = preset(name, f"parallel.pipeline={pipeline}", f"parallel.schedule={schedule}")
+        m, counts, cut = config.model, budget.parameters(config.model), budget.stages(config)
+        held = [budget.stage_parameters(m, cut, stage) for stage in range(pipeline)]
+        dense, experts, copied = (sum(part) for part in zip(*held))
+        assert (dense, experts) == (counts.total - counts.experts, counts.experts)
+        assert copied == (m.vocab_size * m.width if m.tied_embedding and schedule == "1f1b" else 0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_flops_of_blocks_and_head_are_the_models(name: str) -> None:
+    config = preset(name)
+    m, length = config.model, config.train.sequence_length
+    blocks = budget.block_flops(m, length)
+    assert round(sum(blocks) + 6 * m.vocab_size * m.width) == budget.flops_per_token(m, length)
+    assert all((blocks[n] == blocks[0]) == (m.is_moe(n) == m.is_moe(0)) for n in range(m.num_layers))
 
 
 # ---- FLOPs ------------------------------------------------------------------------------------------------------

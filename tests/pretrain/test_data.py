@@ -112,12 +112,16 @@ def test_order_is_independent_of_the_number_of_ranks(make_data: MakeData, degree
         pieces: list[Any] = []
         for rank in range(degree):
             sampler = Sampler(data, S, cursor)
-            run: Any = SimpleNamespace(
-                config=config, sampler=sampler, engine=SimpleNamespace(topology=Topology(rank, data=degree))
-            )
+            engine = SimpleNamespace(topology=Topology(rank, data=degree), reads_data=True)
+            run: Any = SimpleNamespace(config=config, sampler=sampler, engine=engine)
             micro_batches = next_micro_batches(run)
             assert len(micro_batches) == 8 // degree // 2
             pieces += [(tokens.numpy(), labels.numpy()) for tokens, labels in micro_batches]
+        # A stage between the first and the last reads nothing, yet its cursor goes on.
+        idle: Any = SimpleNamespace(
+            config=config, sampler=Sampler(data, S, cursor), engine=SimpleNamespace(reads_data=False)
+        )
+        assert next_micro_batches(idle) == [] and through_json(idle.sampler.cursor) == through_json(sampler.cursor)
         cursor = through_json(sampler.cursor)
         windows = reference.read(reference.next_batch(8))
         assert np.array_equal(np.concatenate([tokens for tokens, _ in pieces]), windows[:, :-1])
