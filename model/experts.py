@@ -24,9 +24,13 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, width, config.width))
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        # The grouped product knows no float64, which gradient checks need.
-        apply = experts_by_loop if rows_ND.dtype == torch.float64 else experts_by_grouped_product
+        apply = experts_by_grouped_product if self._suits_grouped_product(rows_ND.dtype) else experts_by_loop
         return apply(rows_ND, counts_E, self.gate, self.up, self.down, self.config.activation)
+
+    def _suits_grouped_product(self, dtype: torch.dtype) -> bool:
+        """It knows no float64, which gradient checks need, and wants rows of multiples of 16 bytes."""
+        row_bytes = (size * dtype.itemsize for size in self.up.shape[1:])
+        return dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
 def experts_by_loop(

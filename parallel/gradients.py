@@ -117,8 +117,8 @@ def clip_unsharded(optimizer: torch.optim.Optimizer, norm: float, clip_norm: flo
 def discard(optimizer: Any) -> None:
     """Forget this step's gradients, as DeepSpeed does on an overflow, without touching anything else.
 
-    Upstream (deepspeed 0.19.8, bf16_optimizer.py, utils/ `get_norm_with_moe_layers`): letting a non-finite norm reach
-    the optimizer's own step is not safe in every mode, so it never does.
+    A step judged unfit never reaches the optimizer: what each does with a norm that is no number differs (ZeRO-0 has
+    no check at all), and a finite spike none would refuse.
     """
     optimizer.zero_grad(set_to_none=True)
     if is_sharded(optimizer) and not isinstance(optimizer, BF16_Optimizer):

@@ -126,17 +126,18 @@ def _tell(config: RunConfig, verdicts: list[Verdict], tolerance: float, agree: b
         print(json.dumps({"config": config.name, "tolerance": tolerance, "agree": agree, "layouts": listed}))
         return
     table = Table(title=f"{config.name}: worst relative error against one process (tolerance {tolerance:.0e})")
-    table.add_column("layout")
+    table.add_column("layout", no_wrap=True)
     table.add_column("ranks", justify="right")
     for kind in KINDS:
-        table.add_column(kind, justify="right")
+        table.add_column(kind, justify="right", no_wrap=True)
     table.add_column("")
     for verdict in verdicts:
         errors = [f"{verdict.errors[kind]:.0e}" for kind in KINDS]
         table.add_row(
             verdict.layout, str(verdict.ranks), *errors, "agrees" if verdict.agrees else "[bold red]departs[/]"
         )
-    console = Console()
+    # Into a file or a pipe a table goes whole, whatever width a terminal would have.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for verdict in verdicts:
         if verdict.departure:

@@ -8,7 +8,7 @@ of it lies, the global norm, and the weights after the last step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,10 +58,15 @@ class Verdict:
         return self.departure is None
 
     def as_json(self) -> dict[str, Any]:
-        first = vars(self.departure) if self.departure else None
-        plain = {key: value if math.isfinite(value) else repr(value) for key, value in self.errors.items()}
+        first = _finite(vars(self.departure)) if self.departure else None
+        plain = _finite(self.errors)
         return {"layout": self.layout, "ranks": self.ranks, "agrees": self.agrees, "errors": plain, "departure": first,
                 "note": self.note, "seconds": round(self.seconds, 2)}  # fmt: skip
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity."""
+    return {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def judge(layout: str, config: RunConfig, found: Sequence[Figures], wanted: Figures, tolerance: float) -> Verdict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,11 +53,13 @@ def make_trials(
     asked = [_read(text, micro_batches) for text in layouts or [_halved(config)]]
     sequences = math.lcm(*(layout["dp"] * layout["mb"] for layout in asked))
     tree = config.model_dump(mode="json")
+    small = tree if full_size else copy.deepcopy(tree)
     if not full_size:
-        _shrink(tree, asked)
+        _shrink(small, asked)
     trials = []
     for text, layout in zip(layouts or [_halved(config)], asked):
-        trial = _configure(tree, text, layout, sequences)
+        _configure(tree, text, layout, sequences)  # refuses what the model itself cannot carry, though a small one may
+        trial = _configure(small, text, layout, sequences)
         ranks = layout["dp"] * layout["tp"] * layout["pp"]
         if (ranks_there or ranks) != ranks or ranks > (ranks_there or MOST_RANKS):
             raise UserError(
@@ -79,9 +81,8 @@ def _read(text: str, micro_batches: int) -> dict[str, Any]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
         if key not in SHORT and key not in OWN:
-            near = difflib.get_close_matches(key, (*SHORT, *OWN), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join((*SHORT, *OWN))}"
-            raise UserError(f"--layout {text}: {key!r} is no key", hint, "write for example tp=2,pp=2,ep=2,dp=2")
+            known = ", ".join((*SHORT, *OWN))
+            raise UserError(f"--layout {text}: {key!r}", f"one of {known}", "write for example tp=2,pp=2,ep=2,dp=2")
         if key != "schedule" and not value.isdecimal():
             raise UserError(f"--layout {text}: {part!r}", f"{key}=<number>", "write for example tp=2,pp=2,ep=2,dp=2")
         layout[key] = value if key == "schedule" else int(value)

@@ -125,3 +125,15 @@ def test_ample_capacity_equals_dropless() -> None:
     free = make_moe(TopKRouter(), EXPERTS[0])
     roomy = make_moe(TopKRouter(capacity=CapacityConfig(factor=E / 2)), EXPERTS[0])
     torch.testing.assert_close(roomy(x)[0], free(x)[0], rtol=0, atol=1e-5)
+
+
+def test_widths_that_suit_no_grouped_product_take_the_loop() -> None:
+    """Rows of 5 x 4 bytes, as three tensor ranks may leave them."""
+    moe = MoE(8, MoEConfig(num_experts=2, expert=FeedForwardConfig(width=5, activation="relu", gated=False)))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_()
+    x = torch.randn(1, 6, 8, requires_grad=True)
+    y, _, _ = moe(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()

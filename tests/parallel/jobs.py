@@ -27,7 +27,8 @@ Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]]
 @contextmanager
 def engine_on(env: LaunchEnv, config: RunConfig) -> Iterator[Engine]:
     topology = make_topology(config, env)
-    device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
+    timeout_s = min(60, config.cluster.collective_timeout_s)
+    device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s)
     yield Engine(materialise(config, topology, groups.create(topology), device), config, device)
     groups.stop()
 
@@ -175,3 +176,17 @@ def store_job(env: LaunchEnv, folder: str) -> None:
     }
     store.save(Path(folder), tensors, {"step": 3})
     groups.stop()
+
+
+def settings_job(env: LaunchEnv) -> tuple[str, bool]:
+    """Rank 1 was started with another seed: what each rank is told, and whether a process group was made."""
+    import torch.distributed as dist
+
+    from configs.errors import UserError
+
+    settings: dict[str, object] = {"train": {"seed": int(env.rank == 1), "steps": 5}}
+    try:
+        groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 20, settings)
+    except UserError as error:
+        return error.found, dist.is_initialized()
+    return "", dist.is_initialized()
