@@ -6,10 +6,6 @@ interpreter and its imports.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import report
-from configs.corpus import CorpusConfig
-from data_prep.pipeline import prepare
+from benchmarks.launch import CHECKOUT, environment, launch, tiny_corpus
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 PARTS = ("data", "process groups", "model", "engine", "checkpoint", "metrics")
 COLUMNS = {
     "case": "case",
@@ -37,7 +31,6 @@ FLOORS = {
     "import the trainer": "import pretrain.loop, pretrain.build",
 }
 LAUNCHES = ("plain python", "deepspeed, 2 ranks")
-VOCABULARY = 512
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     starts: dict[str, list[dict[str, float]]] = {name: [] for name in launches}
     with report.output_kept_clean(), tempfile.TemporaryDirectory(prefix="startup") as scratch:
         folder = Path(scratch)
-        tokens = _tiny_corpus(folder)
+        tokens = tiny_corpus(folder)
         if size != "smoke":
             _import_seconds("import torch, deepspeed")  # untimed: from here on the files are in the page cache
         for number in range(rounds):
@@ -79,11 +72,11 @@ def _rows(
     for name, seconds in floors.items():
         median = statistics.median(seconds)
         rows.append({"case": "floor", "candidate": name, "seconds": median, "ratio": median / floor})
-    for launch, runs in starts.items():
+    for door, runs in starts.items():
         medians = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
         total = medians["command to first step"]
         for part, value in medians.items():
-            row: dict[str, report.Figure] = {"case": launch, "candidate": part, "seconds": value}
+            row: dict[str, report.Figure] = {"case": door, "candidate": part, "seconds": value}
             row["share"] = value / total
             if part == "command to first step":
                 row["ratio"] = total / floor
@@ -91,45 +84,25 @@ def _rows(
     return rows
 
 
-def _start(launch: str, tokens: Path, run_dir: Path) -> dict[str, float]:
+def _start(candidate: str, tokens: Path, run_dir: Path) -> dict[str, float]:
     """Seconds of each part of one run of one step."""
-    ranks = 2 if launch.startswith("deepspeed") else 1
-    command = [sys.executable, "pretrain/main.py"]
-    if ranks > 1:
-        launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
-        command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(_free_port()), "pretrain/main.py"]
+    ranks = 2 if candidate.startswith("deepspeed") else 1
     overrides = {
-        "run_dir": run_dir,
-        "model.vocab_size": VOCABULARY,
         "parallel.expert": ranks,
-        "data.sources": f"[{{name: tiny, path: {tokens}}}]",
-        "data.heldout": "[]",
         "train.steps": 1,
         "train.batch_tokens": 256 * ranks,
         "train.micro_batch_sequences": 1,
-        "train.schedule.warmup_steps": 0,
-        "train.log_every_steps": 1,
     }
-    command += ["--config", "configs/demo.yaml", *(f"{key}={value}" for key, value in overrides.items())]
-    began = time.time()
-    done = subprocess.run(command, cwd=CHECKOUT, env=_environment(), capture_output=True, text=True, timeout=300)
-    ended = time.time()
-    records = [json.loads(line) for line in _lines(run_dir / "metrics.jsonl")]
-    started = next((r for r in records if r.get("event") == "started"), None)
-    first = next((r for r in records if r["kind"] == "train"), None)
-    if done.returncode or started is None or first is None:
-        raise RuntimeError(
-            f"{' '.join(command)}: exit code {done.returncode}: {done.stdout[-800:]}{done.stderr[-800:]}"
-        )
+    run = launch(ranks, run_dir, tokens, overrides)
     # A later version of the run may name more parts; all count.
-    parts = {part: float(started["seconds"].get(part, 0.0)) for part in dict.fromkeys((*PARTS, *started["seconds"]))}
-    before = started["time"] - began - sum(parts.values())
+    told = run.started["seconds"]
+    parts = {part: float(told.get(part, 0.0)) for part in dict.fromkeys((*PARTS, *told))}
     return {
-        "command to first step": first["time"] - began,
-        "launcher and imports": max(0.0, before),
+        "command to first step": run.steps[0]["time"] - run.began,
+        "launcher and imports": max(0.0, run.started["time"] - run.began - sum(parts.values())),
         **parts,
-        "first step": first["time"] - started["time"],
-        "checkpoint and end": ended - first["time"],
+        "first step": run.steps[0]["time"] - run.started["time"],
+        "checkpoint and end": run.ended - run.steps[0]["time"],
     }
 
 
@@ -138,47 +111,12 @@ def _import_seconds(statement: str) -> float:
     subprocess.run(
         [sys.executable, "-c", statement],
         cwd=CHECKOUT,
-        env=_environment(),
+        env=environment(),
         capture_output=True,
         check=True,
         timeout=300,
     )
     return time.perf_counter() - began
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, less what a launcher left in it: a child would take it for its own rank."""
-    left = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {key: value for key, value in os.environ.items() if key not in left}
-    # The launcher starts `python3`, which must be this one.
-    kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", "")))
-    return kept
-
-
-def _tiny_corpus(folder: Path) -> Path:
-    """A few hundred KB of this checkout's own sources, tokenized; returns the folder of token shards."""
-    config = CorpusConfig.check(
-        {
-            "output": str(folder / "corpus"),
-            "sources": [{"kind": "text_tree", "name": "tiny", "path": str(CHECKOUT / "model"), "pattern": "**/*.py"}],
-            "tokenizer": {"kind": "train_sentencepiece", "vocab_size": VOCABULARY, "sample_bytes": 200_000},
-            "heldout_fraction": 0.0,
-            "workers": 1,
-        },
-        where="benchmarks/startup.py",
-    )
-    prepare(config)
-    return folder / "corpus" / "train" / "tiny"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

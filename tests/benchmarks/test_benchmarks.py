@@ -95,7 +95,13 @@ def test_startup_accounts_for_every_second() -> None:
     assert parts == pytest.approx(run["command to first step"], rel=0.02)
 
 
-@pytest.mark.parametrize("module", ["moe_layer", "vocabulary_loss", "training_step", "startup"])
+def test_layouts_watches_each_rank() -> None:
+    [row] = run_benchmark("layouts", "--layouts", "{data: 2}")["rows"]
+    assert row["case"] == "2" and row["tokens_per_s"] > 0 and row["peak_mb"] > 100 and row["ratio"] == 1
+    assert row["seconds"] > 1
+
+
+@pytest.mark.parametrize("module", ["moe_layer", "vocabulary_loss", "training_step", "startup", "layouts"])
 def test_help_shows_an_example(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
