@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.run import RunConfig
 from model.glam import GLaM
 from parallel.engine import Engine, MicroBatch
+from parallel.groups import Groups
 from parallel.topology import Topology
 from pretrain.build import materialise
 from pretrain.health import fit_to_apply
@@ -27,8 +28,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         topology = Topology(rank=0, data=1, tensor=1, pipeline=1, expert=1)
-        model, placements = materialise(config, topology, device)
-        self._engine = Engine(model, placements, topology, config, device)
+        self._engine = Engine(materialise(config, topology, Groups(), device), config, device)
         self._batches = _batches(config)
         self.losses: list[float] = []
 

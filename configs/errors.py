@@ -23,12 +23,8 @@ class UserError(Exception):
 
 
 class RankFailed(Exception):
-    """This rank cannot go on.
+    """This rank cannot go on; what there is to say has been said."""
 
-    Args:
-        told: what it should print; nothing where another rank tells it.
-    """
-
-    def __init__(self, told: str, exit_code: int) -> None:
-        self.told, self.exit_code = told, exit_code
-        super().__init__(told)
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"exit code {exit_code}")

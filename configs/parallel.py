@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -40,6 +41,11 @@ class ParallelConfig(Strict):
     def ranks_for_all_experts(self) -> int:
         """Ranks that together hold every expert of a layer once."""
         return self.expert * (self.tensor if self.expert_tensor else 1)
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Least number of ranks that carries the layout where `data` is free."""
+        return math.lcm(self.ranks_for_all_experts, self.tensor) * self.pipeline
 
     def data_degree(self, world_size: int) -> int:
         """Data-parallel degree when `world_size` ranks are there (rounded down where they do not divide)."""

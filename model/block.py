@@ -22,7 +22,8 @@ class Block(nn.Module):
 
     Attributes set from outside:
         recompute: rebuild this block's activations in the backward pass instead of keeping them.
-        aux_scale: 1 / micro-batches of a step; the gradient the auxiliary loss receives.
+        aux_scale: 1 / (micro-batches of a step x ranks that compute the same loss); the gradient the auxiliary loss
+            receives.
         totals: router statistics of training passes since they were last taken.
     """
 

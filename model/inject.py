@@ -25,6 +25,6 @@ def inject_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
     objective. One tensor then travels between pipeline stages instead of two.
 
     The engine divides the main loss by the number of micro-batches but cannot see this one, so `scale` must hold
-    that division (1 / micro-batches).
+    that division.
     """
     return _Inject.apply(x, loss, scale)

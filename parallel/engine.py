@@ -1,6 +1,7 @@
 """Training steps over all ranks. DeepSpeed sits behind this file and its neighbours, and nowhere else.
 
-Four verbs: train_step, evaluate, and the state to save and to load (`tensors`, `loaded`).
+Four verbs: train_step, evaluate, and the state to save and to load (`tensors`, `loaded`); and two questions about the
+step just done: `router_loads`, `gradients`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Engine:
             OptimizerStep: lambda _: self._optimizer_step(),
         }
         self._deepspeed._INSTRUCTION_MAP = {**self._deepspeed._INSTRUCTION_MAP, **own_steps}
+        # DualPipeV sends point to point over the default group, which under NCCL must have met as a whole before.
+        sum_over_ranks(torch.zeros(1, device=device))
 
     def _tie_embedding(self, config: RunConfig) -> TiedEmbedding | None:
         if not (self.part.holds_copy_of_embedding or self.part.embedding_has_copy):
@@ -234,6 +237,7 @@ def _deepspeed_config(config: RunConfig, num_micro_batches: int) -> dict[str, An
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }
     if config.train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # Gradients go into their float32 sum as they arise; by default bf16 copies of all stay until the step.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}  # bf16 by default
     return settings

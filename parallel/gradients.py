@@ -24,7 +24,7 @@ def is_sharded(optimizer: Any) -> bool:
 
 def accumulated(parameter: Any, optimizer: Any) -> Tensor | None:
     """A parameter's gradient over all micro-batches, before data-parallel ranks reduce it: float32."""
-    found: Tensor | None = parameter._hp_grad if isinstance(optimizer, BF16_Optimizer) else parameter.grad
+    found: Tensor | None = getattr(parameter, "_hp_grad" if isinstance(optimizer, BF16_Optimizer) else "grad", None)
     return found
 
 
@@ -34,9 +34,10 @@ def sum_over_tensor_ranks(parameters: Iterable[Any], optimizer: Any, group: dist
     Upstream (deepspeed 0.19.8, runtime/pipe/engine.py `_exec_reduce_grads`) reduces over data-parallel ranks only, and
     leaves these to the model; Megatron-LM does it in `finalize_model_grads`.
     """
-    gradients = [g for parameter in parameters if (g := accumulated(parameter, optimizer)) is not None]
-    if not gradients:
-        return
+    found = [accumulated(parameter, optimizer) for parameter in parameters]
+    gradients = [gradient for gradient in found if gradient is not None]
+    # A list shorter than that of another tensor rank would hang; every one of these takes part in every pass.
+    assert len(gradients) == len(found)
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together, group=group)
     for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,15 +29,17 @@ def start(
     port: int,
     timeout_s: float,
     settings: dict[str, object] | None = None,
+    fault: UserError | None = None,
 ) -> torch.device:
     """Join the default process group (NCCL where there is a GPU for this rank, else gloo); returns this rank's device.
 
     Args:
         timeout_s: after which any collective of any group made from now on gives up.
         settings: what every rank must have been started with; compared before any group is made.
+        fault: what this rank has met already; if any rank has one, all raise it instead of making groups.
 
     Raises:
-        UserError: the meeting port is taken, the other ranks never came, or they bring other settings.
+        UserError: the meeting port is taken, the other ranks never came, or they bring other settings or a fault.
     """
     keep_out_of_shared_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -56,28 +59,38 @@ def start(
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     time_out_every_group(timeout)
+    if rank == 0:  # every rank holds two connections to the store here; 1,024 open files are the usual limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     backend = "nccl" if on_gpu else "gloo"
     try:
         store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
-        agree_on(settings or {}, store, rank, world_size)
+        agree_on(settings or {}, fault, store, rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         # Finds the group made and only wraps it.
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(
-                f"port {port} on {address} is in use",
-                "a free port for the ranks to meet on",
-                "set MASTER_PORT (deepspeed: --master_port, torchrun: --master-port) to another, or end its owner",
-            ) from None
-        if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-            raise UserError(
-                f"rank {rank} could not meet the others on {address}:{port}: {str(error).splitlines()[0]}",
-                f"{world_size} ranks there within {timeout_s:.0f} s",
-                "see whether every rank was started, and whether the machines reach each other",
-            ) from None
+        if told := _why_not_met(error, rank, world_size, f"{address}:{port}", timeout_s):
+            raise told from None
         raise
     return device
+
+
+def _why_not_met(error: RuntimeError, rank: int, world_size: int, place: str, timeout_s: float) -> UserError | None:
+    """A UserError if the ranks could not meet; None for any other failure."""
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        address, _, port = place.rpartition(":")
+        return UserError(
+            f"port {port} on {address} is in use",
+            "a free port for the ranks to meet on",
+            "set MASTER_PORT (deepspeed: --master_port, torchrun: --master-port) to another, or end its owner",
+        )
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return UserError(
+            f"rank {rank} could not meet the others on {place}: {str(error).splitlines()[0]}",
+            f"{world_size} ranks there within {timeout_s:.0f} s",
+            "see whether every rank was started, and whether the machines reach each other",
+        )
+    return None
 
 
 def keep_out_of_shared_memory() -> None:
@@ -106,18 +119,22 @@ def time_out_every_group(timeout: timedelta) -> None:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's groups; None where an axis has one rank only."""
+    """This rank's groups; None where it needs none."""
 
     tensor: dist.ProcessGroup | None = None  # parts of the same layers
-    ends: dist.ProcessGroup | None = None  # first and last stage, on ranks of those
-    expert: dist.ProcessGroup | None = None  # the other experts of this stage
+    ends: dist.ProcessGroup | None = None  # first and last stage, on ranks of those, where an embedding ties them
+    expert: dist.ProcessGroup | None = None  # the other experts of this stage (a group of one where all are here)
 
 
-def create(topology: Topology) -> Groups:
+def create(topology: Topology, tied_ends: bool) -> Groups:
     """Make the groups of a topology; all ranks call it together. Expert groups are handed to DeepSpeed, which would
-    otherwise make its own."""
+    otherwise make its own.
+
+    Args:
+        tied_ends: the embedding of the first stage is the output weight of the last.
+    """
     tensor = _mine(topology.tensor_groups(), topology.rank) if topology.tensor > 1 else None
-    ends = _mine(topology.end_groups(), topology.rank)
+    ends = _mine(topology.end_groups(), topology.rank) if tied_ends else None
     if not topology.experts_have_groups:
         return Groups(tensor, ends)
     name = expert_group_name(topology)
@@ -144,13 +161,17 @@ def expert_group_name(topology: Topology) -> str:
 
 def stop() -> None:
     """Leave all groups, after everyone has arrived: a rank that leaves early makes the others abort."""
+    wait_for_all()
+    leave()
+
+
+def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
-        abandon()
 
 
-def abandon() -> None:
-    """Leave all groups at once, for a rank that fails."""
+def leave() -> None:
+    """Leave all groups at once."""
     forget_expert_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -33,7 +33,7 @@ class Part:
 
     @property
     def embedding_has_copy(self) -> bool:
-        return self.model.head is None and self.topology.stage == 0 and not self.stages.ends_share_a_rank
+        return self.model.head is None and self.topology.stage == 0 and self.stages.ends_apart
 
     def local_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(prefix of parameter names, module) of everything that is to be filled here."""

@@ -41,13 +41,9 @@ class Stages:
         return self.num_pieces - 1 in self.pieces(stage)
 
     @property
-    def ends_share_a_rank(self) -> bool:
-        return self.ends(0)
-
-    @property
-    def last(self) -> int:
-        """The place of the loss."""
-        return 0 if self.v_shaped else self.num_ranks - 1
+    def ends_apart(self) -> bool:
+        """Whether embedding and loss lie at different places."""
+        return not self.ends(0)
 
 
 def cut_by_cost(block_costs: Sequence[float], end_cost: float, num_ranks: int, v_shaped: bool = False) -> Stages:

@@ -22,7 +22,7 @@ from parallel.part import Part
 Op = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
-# ---- four operations on [B, S or s, ...] -----------------------------------------------------------------------------
+# ---- operations on [B, S or s, ...] -----------------------------------------------------------------------------
 def keep(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.view_as(x)
 
@@ -52,6 +52,13 @@ def add_up_own(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
 def own(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of each sequence."""
     return x_BS.unflatten(1, (group.size(), -1))[:, group.rank()].contiguous()
+
+
+def the_firsts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the first rank of the group has."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(x, group=group, group_src=0)
+    return x
 
 
 class _Pass(Function):
@@ -106,6 +113,20 @@ class SplitSequences:
         return own(decided.unflatten(0, (num_sequences, -1)), self.group).flatten(0, 1)
 
 
+class SameDecisions:
+    """The router's view where tensor ranks hold parts of every expert: all must decide alike, to the bit. Their copies
+    of its weights may differ by the order in which their data-parallel groups summed gradients, so one decides."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def whole(self, logits_BSE: Tensor) -> Tensor:
+        return _Pass.apply(logits_BSE, the_firsts, keep, self.group)
+
+    def own(self, decided: Tensor, num_sequences: int) -> Tensor:
+        return decided
+
+
 class SplitVocabulary:
     """Rows cut evenly over tensor ranks (`model.vocabulary.Vocabulary`)."""
 
@@ -138,6 +159,7 @@ def split_tensors(part: Part, group: dist.ProcessGroup) -> None:
             _wrap(block.ffn, regions.enter, regions.leave)
         if block.moe is not None and part.topology.expert_tensor:
             _wrap(block.moe, regions.enter, regions.leave)
+            block.moe.router.share = SameDecisions(group)
         elif block.moe is not None:
             _wrap(block.moe, regions.divide, regions.unite)
             block.moe.router.share = SplitSequences(group)

@@ -125,11 +125,13 @@ def stage_bytes(c: RunConfig, world_size: int, stage: int) -> RankBytes:
     # Weights in float32 without ZeRO are their own masters.
     state_bytes = 12 if shared else 8
     micro_tokens = t.micro_batch_sequences * t.sequence_length
-    # 1F1B holds as many micro-batches as there are stages from here to the last; DualPipeV as many as stages in all.
-    in_flight = cut.num_pieces if cut.v_shaped else p.pipeline - stage
+    # Passes of this place's layers held at once: 1F1B, as many as there are stages from here to the last; DualPipeV,
+    # 2P + 1 passes of one of its two pieces at most.
+    in_flight = (cut.num_pieces + 1) / 2 if cut.v_shaped else p.pipeline - stage
     in_flight = min(in_flight, t.num_micro_batches(data) or 1)
     layers = len(cut.blocks(stage))
-    a_layer = activation_values_per_token(m, t.sequence_length) / p.tensor
+    # What enters attention and a dense feed-forward layer is whole on each tensor rank, and kept so.
+    a_layer = activation_values_per_token(m, t.sequence_length) / p.tensor + 2 * m.width * (1 - 1 / p.tensor)
     kept = m.width / (p.tensor if p.sequence else 1)
     values = layers * in_flight * kept + a_layer if t.recompute else layers * in_flight * (a_layer + kept)
     at_the_loss = 4 * m.vocab_size * m.width // p.tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED, RankFailed, UserError
+from configs.errors import UserError
 from configs.layout import least_micro_batches
 from configs.run import RunConfig
 from model.glam import GLaM
@@ -20,7 +20,7 @@ from model.init import initial_value
 from parallel import groups
 from parallel.engine import Engine
 from parallel.expert import spread_experts
-from parallel.failures import Watch
+from parallel.failures import working_together
 from parallel.part import Part
 from parallel.sharding import cut
 from parallel.tensor import split_tensors
@@ -73,8 +73,9 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     """Construct a run and take it down again.
 
     Raises:
-        UserError: anything about configuration, machine, data or checkpoints is unfit; before any process group is
-            made wherever it can be known by then.
+        UserError: anything about configuration, machine, data or checkpoints is unfit, on whichever rank; before any
+            process group is made wherever it can be known by then.
+        RankFailed: something failed later, here or on another rank; it has been said.
     """
     clock = _Clock()
     stop = StopRequest().listen()
@@ -82,21 +83,14 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     topology = make_topology(config, env)
     _share_cores(env)
     keep_freed_memory()
-    sampler, heldout = open_data(config, topology)
-    run_dir = Path(config.run_dir)
-    refuse_unwritable(run_dir)
-    if found := complete_checkpoints(run_dir):
-        read_for_model(found[-1], config.model)
+    fault, ahead = look_ahead(config, topology)
     clock.mark("data")
 
-    timeout_s = config.cluster.collective_timeout_s
-    settings = config.model_dump(mode="json")
-    device = groups.start(
-        env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s, settings
-    )
-    watch = Watch(env.rank, env.world_size)
-    try:
-        process_groups = groups.create(topology)
+    device = meet(config, env, fault)
+    assert ahead is not None
+    sampler, heldout = ahead
+    with working_together(env.rank, env.world_size):
+        process_groups = groups.create(topology, budget.stages(config).ends_apart and config.model.tied_embedding)
         clock.mark("process groups")
         part = materialise(config, topology, process_groups, device)
         gc.freeze()  # DeepSpeed collects garbage eight times an engine, 0.2 s each; what was imported by now is none
@@ -109,6 +103,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         sampler.resume(state.cursor)
         clock.mark("checkpoint")
         heldout_bytes = heldout.text_bytes() if heldout and topology.rank == 0 else None
+        run_dir = Path(config.run_dir)
         with make_metrics(config, run_dir, state.step) if topology.rank == 0 else nullcontext() as metrics:
             clock.mark("metrics")
             yield Run(
@@ -124,12 +119,6 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
                 stop,
                 clock.seconds,
             )
-        watch.stop()
-        groups.stop()
-    except Exception as error:
-        # No group is left in order: with a rank gone, that could wait for ever.
-        exit_code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
-        raise RankFailed(watch.tell(error), exit_code) from error
 
 
 def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:
@@ -161,6 +150,33 @@ def materialise(config: RunConfig, topology: Topology, process_groups: groups.Gr
     # that share tokens (tensor ranks) must draw the same.
     torch.manual_seed(config.train.seed * 1_000_003 + topology.stage * topology.data + topology.data_rank)
     return part
+
+
+def look_ahead(config: RunConfig, topology: Topology) -> tuple[UserError | None, tuple[Sampler, HeldOut | None] | None]:
+    """All that can be known before ranks meet: what speaks against the run on this machine, or its data."""
+    try:
+        opened = open_data(config, topology)
+        run_dir = Path(config.run_dir)
+        refuse_unwritable(run_dir)
+        if found := complete_checkpoints(run_dir):
+            read_for_model(found[-1], config.model)
+    except UserError as error:
+        return error, None
+    return None, opened
+
+
+def meet(config: RunConfig, env: LaunchEnv, fault: UserError | None = None) -> torch.device:
+    """Join the other ranks, all of which must bring this configuration and no fault."""
+    return groups.start(
+        env.rank,
+        env.world_size,
+        env.local_rank,
+        env.master_addr,
+        env.master_port,
+        config.cluster.collective_timeout_s,
+        config.model_dump(mode="json"),
+        fault,
+    )
 
 
 def open_data(config: RunConfig, topology: Topology) -> tuple[Sampler, HeldOut | None]:

@@ -104,7 +104,7 @@ class Checkpoints:
         store.load(newest, {**engine.tensors(), **randomness})
         engine.loaded(state.updates)
         for value in randomness.values():
-            torch.set_rng_state(value)
+            torch.cuda.set_rng_state(value) if torch.cuda.is_available() else torch.set_rng_state(value)
         return newest, state
 
 
@@ -117,6 +117,8 @@ def load_weights(folder: Path, model: torch.nn.Module, config: ModelConfig) -> N
 
 def _random_state(rank: int) -> dict[str, Tensor]:
     """The generator behind noisy routers. A rank that was not there when it was saved keeps its own."""
+    if torch.cuda.is_available():
+        return {f"random_state/gpu-{rank:05d}": torch.cuda.get_rng_state()}
     return {f"random_state/rank-{rank:05d}": torch.get_rng_state()}
 
 

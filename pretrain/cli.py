@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, RankFailed, UserError
 from pretrain.arguments import glam_parser
 
 
@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = getattr(verbs, parsed.verb)(parsed)
         return EXIT_DONE if code is None else int(code)
+    except RankFailed as error:
+        return error.exit_code
     except UserError as error:
         print(f"\n{error}\n", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT

@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs.errors import EXIT_BAD_INPUT, RankFailed, UserError
 from configs.run import RunConfig
-from parallel import collectives, groups
-from pretrain.build import make_topology
+from parallel import collectives
+from parallel.failures import working_together
+from pretrain import build
 from pretrain.local_ranks import run_ranks
-from pretrain.parity import KINDS, TOLERANCE, Verdict, judge
+from pretrain.parity import KINDS, TOLERANCE, Departure, Verdict, judge
 from pretrain.parity_ranks import Figures, layout_job, oracle, run_layout, write_seed_checkpoint
 from pretrain.trials import Trial, make_trials
 from slurm.environ import LaunchEnv
@@ -30,7 +32,13 @@ def run_gate(config: RunConfig, args: Any) -> int:
     """Try every layout; returns 0 when all agree with the oracle and 1 when one departs."""
     env = LaunchEnv.read()
     launched = env.world_size > 1
-    trials = make_trials(config, args.layout, args.micro_batches, args.full_size, env.world_size if launched else None)
+    ranks_there = env.world_size if launched else None
+    try:
+        trials = make_trials(config, args.layout, args.micro_batches, args.full_size, ranks_there)
+    except UserError as error:
+        if env.rank == 0:  # every rank meets the same error; one tells it
+            raise
+        raise RankFailed(EXIT_BAD_INPUT) from error
     tolerance = args.tolerance or (TOLERANCE * 10 if launched and torch.cuda.is_available() else TOLERANCE)
     verdicts = []
     say = Console(stderr=True, quiet=env.rank != 0)
@@ -66,46 +74,47 @@ def _here(trials: list[Trial], steps: int, tolerance: float) -> Iterator[Verdict
 def _on_launched(env: LaunchEnv, trials: list[Trial], steps: int, tolerance: float) -> Iterator[Verdict]:
     """Each layout on the ranks of this job; rank 0 computes the oracle, all get the verdicts."""
     config = trials[0].config
-    timeout_s = config.cluster.collective_timeout_s
-    settings: dict[str, object] = {"trials": [trial.config.model_dump(mode="json") for trial in trials]}
     with tempfile.TemporaryDirectory(prefix="glam-parity-") as scratch:
         # On a local disk: each rank writes the same small checkpoints for itself, before it meets the others.
         seeds = _seed_checkpoints(config, Path(scratch))
-        device = groups.start(
-            env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s, settings
-        )
+        device = build.meet(config, env)
+        truths: dict[int, Figures] = {}
 
         def attempt(trial: Trial, number: int) -> Verdict:
             config = _reseeded(trial.config, number)
-            mine = run_layout(config, make_topology(config, env), device, str(seeds[number]), steps)
+            mine = run_layout(config, build.make_topology(config, env), device, str(seeds[number]), steps)
             verdict = None
             if (found := collectives.gather_on_first(mine)) is not None:
-                verdict = judge(trial.layout, config, found, oracle(config, steps, str(device)), tolerance)
+                truths[number] = truths.get(number) or oracle(config, steps, str(device))
+                verdict = judge(trial.layout, config, found, truths[number], tolerance)
             verdict = collectives.same_on_all_ranks(verdict)
             assert verdict is not None
             return verdict
 
-        try:
+        with working_together(env.rank, env.world_size):
             for trial in trials:
                 yield _confirmed(trial, attempt)
-            groups.stop()
-        except BaseException:
-            groups.abandon()
-            raise
 
 
 def _confirmed(trial: Trial, attempt: Callable[[Trial, int], Verdict]) -> Verdict:
-    """A departure counts if other weights and tokens depart too: a fault of the layout shows in every stream, a token
-    so near a tie that rounding sends it to another expert in one only."""
+    """Where a token may have lain so near a tie that rounding sent it to another expert, a departure counts only if
+    other weights and tokens depart too: a fault of the layout shows in every stream."""
     began = time.perf_counter()
     verdict = attempt(trial, 0)
-    if not verdict.agrees:
+    moe = trial.config.model.moe
+    # Where experts choose, each takes as many tokens whichever they are, so that loads cannot tell.
+    near_a_tie = moe is not None and (moe.router.kind == "expert_choice" or _is_of_loads(verdict.departure))
+    if not verdict.agrees and near_a_tie:
         first = verdict.departure
         verdict = attempt(trial, 1)
         if verdict.agrees:
             verdict.note = f"with a second seed; with the first, a token near a tie: {first}"
     verdict.seconds = time.perf_counter() - began
     return verdict
+
+
+def _is_of_loads(departure: Departure | None) -> bool:
+    return departure is not None and departure.what == "loads"
 
 
 def _seed_checkpoints(config: RunConfig, folder: Path) -> list[Path]:

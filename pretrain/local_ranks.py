@@ -21,7 +21,7 @@ from slurm.environ import LaunchEnv, free_port
 TIMEOUT_S = 120.0
 
 
-class RankFailed(RuntimeError):
+class LocalRanksFailed(RuntimeError):
     """A rank raised, died or did not finish; carries its own words."""
 
 
@@ -30,7 +30,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
 
     Raises:
         UserError: a rank raised it.
-        RankFailed: with the traceback of the first rank that failed; the others are ended then, not waited for.
+        LocalRanksFailed: with the traceback of the first rank that failed; the others are ended then, not waited for.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretrain.rank_imports"])
@@ -60,7 +60,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             missing = [rank for rank in range(len(pipes)) if rank not in results]
-            raise RankFailed(f"ranks {missing} did not finish in time")
+            raise LocalRanksFailed(f"ranks {missing} did not finish in time")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
@@ -70,7 +70,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             if not ok and isinstance(value, tuple):
                 raise UserError(*value)
             if not ok:
-                raise RankFailed(f"rank {rank} of {len(pipes)}: {value}")
+                raise LocalRanksFailed(f"rank {rank} of {len(pipes)}: {value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
 

@@ -36,6 +36,12 @@ def keep_freed_memory() -> None:
 
 def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: int) -> None:
     """Raise a UserError that says what the run needs, what is there, and which preset would fit."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < local_world_size:
+        raise UserError(
+            f"{local_world_size} rank(s) and {torch.cuda.device_count()} GPU(s) on this machine",
+            "a GPU for each rank",
+            "start as many ranks as there are GPUs, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU",
+        )
     there, kind = memory_per_rank(local_world_size)
     if config.cluster.device_memory_gib is not None:
         there, kind = round(config.cluster.device_memory_gib * 2**30), "cluster.device_memory_gib"
@@ -69,10 +75,9 @@ def refuse_if_too_small(config: RunConfig, world_size: int, local_world_size: in
 def required_ranks(config: RunConfig, world_size: int) -> int:
     """Ranks the layout asks for; where data=auto, the smallest multiple that carries the experts."""
     p = config.parallel
-    model_ranks = p.tensor * p.pipeline
     if p.data != "auto":
-        return p.data * model_ranks
-    least = -(-p.ranks_for_all_experts // p.tensor) * model_ranks
+        return p.data * p.tensor * p.pipeline
+    least = p.fewest_ranks
     return world_size if world_size % least == 0 else max(least, world_size // least * least)
 
 

@@ -40,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with build(config, env) as run:
             return loop.train(run)
     except RankFailed as error:
-        if error.told:
-            print(error.told, file=sys.stderr, flush=True)
         return error.exit_code
     except UserError as error:
         if env is None or env.rank == 0:  # every rank meets the same error; one tells it

@@ -112,7 +112,7 @@ def _comparisons(found: Sequence[Figures], wanted: Figures) -> Iterator[Comparis
     yield from _loads(first, wanted, 0)
     yield from _numbers("balance", wanted.balance, [f.balance for f in found])
     yield from _numbers("z", wanted.z, [f.z for f in found])
-    yield from _tensors("gradients", wanted.gradients, [f.gradients for f in found])
+    yield from tensor_errors(found, wanted)
     yield from _numbers("norm", _step(wanted.norms, 0), [_step(f.norms, 0) for f in found])
     for step in range(1, len(wanted.losses)):
         yield from _loads(first, wanted, step)
@@ -120,6 +120,11 @@ def _comparisons(found: Sequence[Figures], wanted: Figures) -> Iterator[Comparis
         yield from _numbers("norm", _step(wanted.norms, step), [_step(f.norms, step) for f in found])
     yield from _tensors("weights", wanted.weights, [f.weights for f in found])
     yield from _numbers("heldout", {"after training": wanted.heldout}, [{"after training": f.heldout} for f in found])
+
+
+def tensor_errors(found: Sequence[Figures], wanted: Figures) -> Iterator[Comparison]:
+    """Each gradient on each rank that holds a part of it: error relative to the whole, and found / expected."""
+    yield from _tensors("gradients", wanted.gradients, [f.gradients for f in found])
 
 
 def _loads(found: Figures, wanted: Figures, step: int) -> Iterator[Comparison]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,12 +114,7 @@ def oracle(config: RunConfig, steps: int, device: str = "cpu") -> Figures:
 # ---- one rank of a layout -------------------------------------------------------------------------------------------
 def layout_job(env: LaunchEnv, config: RunConfig, seed_checkpoint: str, steps: int) -> Figures:
     """One rank, from joining its process groups to leaving them."""
-    topology = build.make_topology(config, env)
-    timeout_s = config.cluster.collective_timeout_s
-    settings = config.model_dump(mode="json")
-    device = groups.start(
-        env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s, settings
-    )
+    topology, device = build.make_topology(config, env), build.meet(config, env)
     found = run_layout(config, topology, device, seed_checkpoint, steps)
     groups.stop()
     return found
@@ -160,13 +156,16 @@ def run_layout(
 
 @contextmanager
 def engine_of(config: RunConfig, topology: Topology, device: torch.device, seed_checkpoint: str) -> Iterator[Engine]:
-    process_groups = groups.create(topology)
-    engine = Engine(build.materialise(config, topology, process_groups, device), config, device)
-    weights = {name: boxes for name, boxes in engine.tensors().items() if name.endswith("/weight")}
-    store.load(Path(seed_checkpoint), weights)
-    engine.loaded(updates=0)
-    yield engine
-    groups.forget_expert_groups()
+    process_groups = groups.create(topology, tied_ends=config.model.tied_embedding)
+    try:
+        engine = Engine(build.materialise(config, topology, process_groups, device), config, device)
+        weights = {name: boxes for name, boxes in engine.tensors().items() if name.endswith("/weight")}
+        store.load(Path(seed_checkpoint), weights)
+        engine.loaded(updates=0)
+        yield engine
+    finally:
+        groups.forget_expert_groups()
+        gc.collect()  # engines are knots of references; the next layout wants their memory
 
 
 def micro_batches(config: RunConfig, topology: Topology, step: int) -> list[MicroBatch]:

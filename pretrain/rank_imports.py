@@ -15,11 +15,8 @@ import torch
 torch.set_num_threads(1)
 
 with contextlib.redirect_stdout(sys.stderr):  # deepspeed binds its log to stdout otherwise, into --json
-    # What an engine imports on its way, 2.5 s for each rank: the optimizers' compiler, and deepspeed's list of them.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    import torch._dynamo
-
+    import parallel.late_imports
     import pretrain.loop
-    import pretrain.parity_ranks  # noqa: F401
+    import pretrain.parity_ranks
 
 gc.freeze()  # deepspeed collects garbage eight times an engine; what was imported here is none

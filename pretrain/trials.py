@@ -50,7 +50,7 @@ def make_trials(
             "a router that decides alike under every layout",
             "add model.moe.router='{kind: topk}' to check the layout; the noise itself is no matter of layouts",
         )
-    asked = [_read(text, micro_batches) for text in layouts or [_halved(config)]]
+    asked = [_read(text, micro_batches, config.parallel.schedule) for text in layouts or [_halved(config)]]
     sequences = math.lcm(*(layout["dp"] * layout["mb"] for layout in asked))
     tree = config.model_dump(mode="json")
     small = tree if full_size else copy.deepcopy(tree)
@@ -75,8 +75,8 @@ def make_trials(
     return trials
 
 
-def _read(text: str, micro_batches: int) -> dict[str, Any]:
-    """ "tp=2,pp=2" -> degrees; what is not named is 1."""
+def _read(text: str, micro_batches: int, schedule: str) -> dict[str, Any]:
+    """ "tp=2,pp=2" -> degrees; what is not named is 1, or as configured where it is no degree."""
     layout: dict[str, Any] = {"dp": 1, "tp": 1, "pp": 1, "ep": 1}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
@@ -88,7 +88,8 @@ def _read(text: str, micro_batches: int) -> dict[str, Any]:
         layout[key] = value if key == "schedule" else int(value)
         if key in ("dp", "tp", "pp", "ep", "mb") and layout[key] == 0:
             raise UserError(f"--layout {text}: {part!r}", f"{key} of at least 1", "leave it out for 1")
-    least = 2 * layout["pp"] if layout.get("schedule") == "dualpipev" and layout["pp"] > 1 else 1
+    layout.setdefault("schedule", schedule)
+    least = 2 * layout["pp"] if layout["schedule"] == "dualpipev" and layout["pp"] > 1 else 1
     layout.setdefault("mb", max(micro_batches, least))
     return layout
 
@@ -105,9 +106,8 @@ def _configure(tree: dict[str, Any], text: str, layout: dict[str, Any], sequence
     }
     if "recompute" in layout:
         train["recompute"] = bool(layout["recompute"])
-    cluster = tree["cluster"] | {"collective_timeout_s": 60}
     data = tree["data"] | {"heldout": []}
-    changed = tree | {"parallel": tree["parallel"] | parallel, "train": train, "cluster": cluster, "data": data}
+    changed = tree | {"parallel": tree["parallel"] | parallel, "train": train, "data": data}
     return RunConfig.check(changed, where=f"--layout {text}")
 
 

@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 def plan(args: Any) -> None:
     config = RunConfig.load(args.config, args.overrides)
     p = config.parallel
-    fewest = max(p.tensor * p.pipeline, -(-p.expert // p.tensor) * p.tensor * p.pipeline)
-    ranks = p.data * p.tensor * p.pipeline if p.data != "auto" else (args.ranks or fewest)
+    ranks = p.data * p.tensor * p.pipeline if p.data != "auto" else (args.ranks or p.fewest_ranks)
     counts = budget.parameters(config.model)
     memory = budget.bytes_per_rank(config, ranks)
     flops = budget.flops_per_token(config.model, config.train.sequence_length)
     training_tokens = config.train.steps * config.train.batch_tokens
+    cut = budget.stages(config)
+    stage_layers = [len(cut.blocks(stage)) for stage in range(p.pipeline)]
     if args.json:
         parts = {k: v for k, v in vars(counts).items()}
         print(json.dumps({
             "name": config.name, "total_params": counts.total, "active_params": counts.active, "params": parts,
             "flops_per_token": flops, "ranks": ranks, "bytes_per_rank": memory.total, "bytes": vars(memory),
-            "training_tokens": training_tokens, "training_flops": flops * training_tokens,
+            "stage_layers": stage_layers, "training_tokens": training_tokens, "training_flops": flops * training_tokens,
         }))  # fmt: skip
         return
     table = Table(title=f"{config.name}: {config.model.num_layers} layers, width {config.model.width}")
@@ -52,6 +53,8 @@ def plan(args: Any) -> None:
     table.add_section()
     layout = f"data {p.data_degree(ranks)}, tensor {p.tensor}, pipeline {p.pipeline}, expert {p.expert}"
     table.add_row("ranks", f"{ranks:,} ({layout})")
+    if p.pipeline > 1:
+        table.add_row("layers of each stage", " ".join(str(count) for count in stage_layers))
     for name, value in vars(memory).items():
         table.add_row(f"GiB per rank: {name}", f"{value / 2**30:,.2f}")
     table.add_row("GiB per rank", f"[bold]{memory.total / 2**30:,.2f}[/]")

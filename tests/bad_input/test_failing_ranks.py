@@ -35,7 +35,7 @@ def test_job_ends_with_one_error(site: Site, fault: str, rank: int, first: str) 
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators", "4"]
     overrides = [
         f"run_dir={site.folder / 'failing'}", "train.steps=500", "parallel={tensor: 2, pipeline: 2}",
-        "cluster.collective_timeout_s=10",
+        "cluster.collective_timeout_s=6",
     ]  # fmt: skip
     began = time.monotonic()
     done = subprocess.run(

@@ -29,7 +29,7 @@ def engine_on(env: LaunchEnv, config: RunConfig) -> Iterator[Engine]:
     topology = make_topology(config, env)
     timeout_s = min(60, config.cluster.collective_timeout_s)
     device = groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, timeout_s)
-    yield Engine(materialise(config, topology, groups.create(topology), device), config, device)
+    yield Engine(materialise(config, topology, groups.create(topology, tied_ends=True), device), config, device)
     groups.stop()
 
 
@@ -129,7 +129,7 @@ def dispatch_job(env: LaunchEnv, config: RunConfig) -> dict[str, Any]:
     """One mixture-of-experts layer, forward and backward, with its experts on other ranks."""
     topology = make_topology(config, env)
     groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
-    model = materialise(config, topology, groups.create(topology), torch.device("cpu")).model
+    model = materialise(config, topology, groups.create(topology, tied_ends=True), torch.device("cpu")).model
     moe = model.moe_blocks()[0].moe
     assert moe is not None
     x = layer_input(config, env.rank).requires_grad_()
@@ -190,3 +190,22 @@ def settings_job(env: LaunchEnv) -> tuple[str, bool]:
     except UserError as error:
         return error.found, dist.is_initialized()
     return "", dist.is_initialized()
+
+
+def imported_job(env: LaunchEnv) -> bool:
+    """Whether this rank found ready what it would otherwise spend seconds on."""
+    import sys
+
+    return "torch._dynamo" in sys.modules and "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
+
+
+def fault_job(env: LaunchEnv) -> str:
+    """Rank 2 alone has met bad input before the ranks meet."""
+    from configs.errors import UserError
+
+    fault = UserError("rank 2's disk is full", "room", "free some") if env.rank == 2 else None
+    try:
+        groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 20, {}, fault)
+    except UserError as error:
+        return error.found
+    return ""

@@ -17,7 +17,7 @@ from parallel.sharding import cut
 from parallel.stages import cut_by_cost
 from parallel.topology import Topology
 from pretrain.local_ranks import run_ranks
-from tests.parallel.jobs import dispatch_job, error_job, layer_input, settings_job
+from tests.parallel.jobs import dispatch_job, error_job, fault_job, imported_job, layer_input, settings_job
 from tests.tiny import make_model, tiny_config
 
 NORMS = ("attention_norm", "ffn_norm", "query_norm", "key_norm", "norm")
@@ -75,8 +75,8 @@ def test_stages_are_the_cheapest_cuts(costs: list[int], end: int, ranks: int, v_
     held = [block for stage in range(ranks) for block in stages.blocks(stage)]
     assert sorted(held) == list(range(len(costs)))
     assert all(stages.blocks(stage) for stage in range(ranks))
-    assert [stage for stage in range(ranks) if stages.ends(stage)] == [stages.last]
-    assert stages.ends_share_a_rank == (ranks == 1 or v_shaped)
+    assert [stage for stage in range(ranks) if stages.ends(stage)] == [0 if v_shaped else ranks - 1]
+    assert stages.ends_apart == (ranks > 1 and not v_shaped)
 
 
 @given(DEGREES, DEGREES, DEGREES)
@@ -181,3 +181,11 @@ def test_one_ranks_error_reaches_all() -> None:
 def test_another_configuration_on_one_rank_is_refused_before_any_group_is_made() -> None:
     told = run_ranks(3, settings_job)
     assert told == [("rank 1 has another configuration: train.seed is 1, on rank 0 0", False)] * 3
+
+
+def test_bad_input_that_one_rank_met_before_the_start_reaches_all() -> None:
+    assert run_ranks(3, fault_job) == ["rank 2's disk is full"] * 3
+
+
+def test_ranks_find_the_slow_imports_done() -> None:
+    assert run_ranks(1, imported_job) == [True]

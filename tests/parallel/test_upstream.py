@@ -20,7 +20,7 @@ from configs.run import RunConfig
 from parallel import gradients, groups, pipeline
 from parallel.engine import Engine
 from pretrain.health import fit_to_apply
-from pretrain.local_ranks import RankFailed, run_ranks
+from pretrain.local_ranks import LocalRanksFailed, run_ranks
 from slurm.environ import LaunchEnv
 from tests.parallel.jobs import batches, engine_on
 from tests.tiny import tiny_config
@@ -74,7 +74,7 @@ def test_deepspeeds_norm_is_right_where_it_should_be() -> None:
 def test_deepspeeds_norm_still_waits_for_ever_where_a_stage_holds_no_experts() -> None:
     """`hand_over_norm`: here the wait is ended by a time-out."""
     config = tiny_config("parallel={pipeline: 2, expert: 2}", "model.num_layers=2", "cluster.collective_timeout_s=5")
-    with pytest.raises(RankFailed, match=r"(?i)timed out|closed by peer"):
+    with pytest.raises(LocalRanksFailed, match=r"(?i)timed out|closed by peer"):
         run_ranks(4, norms_job, config, timeout_s=60)
 
 
@@ -120,7 +120,7 @@ def time_out_job(env: LaunchEnv) -> tuple[float, float]:
     before = seconds()
     groups.time_out_every_group(given)
     after = seconds()
-    groups.abandon()
+    groups.leave()
     return before, after
 
 

@@ -233,6 +233,7 @@ def test_plan_of_the_largest_in_seconds() -> None:
     assert found["bytes_per_rank"] == sum(found["bytes"].values())
     required = ("total_params", "active_params", "flops_per_token", "bytes_per_rank")
     assert all(type(found[key]) is int for key in required)
+    assert found["stage_layers"] == [8, 8, 8, 8, 8, 8, 9, 7]  # the last stage also holds the vocabulary of 256,000
 
 
 def test_plan_takes_overrides_and_ranks() -> None:
