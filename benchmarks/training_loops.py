@@ -62,7 +62,7 @@ class BareLoop:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         topology = Topology(rank=0, data=1, tensor=1, pipeline=1, expert=1)
-        self._model, _ = materialise(config, topology, device)
+        self._model = materialise(config, topology, Groups(), device).model
         weights = list(self._model.parameters())
         self._masters: _Masters | None = None
         if config.train.precision == "bf16":

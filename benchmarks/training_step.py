@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rounds = report.rounds_for(parsed, {report.size_of(parsed): spec.rounds})
                 result.rows.extend(_measure(dtype, spec, batch_tokens, rounds, device))
         finally:
-            groups.abandon()
+            groups.leave()
     result.notes.append(
         f"{spec.num_layers} layers, width {spec.width}, {spec.vocab_size} vocabulary entries; {batch_tokens} tokens a "
         f"step, sequences of {spec.sequence_length}. moe: {spec.num_experts} experts in every layer, top-2, as many "

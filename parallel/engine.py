@@ -25,7 +25,7 @@ from parallel.fragments import TensorBoxes, fragment_boxes
 from parallel.groups import expert_group_name
 from parallel.optimizer_state import state_fragments, take_over
 from parallel.part import Part
-from parallel.pipeline import TiedEmbedding, pipeline_module
+from parallel.pipeline import TiedEmbedding, as_many_micro_batches, pipeline_module
 
 MicroBatch = tuple[Tensor, Tensor]  # int64 tokens [B, S] and labels [B, S]
 
@@ -165,7 +165,8 @@ class Engine:
         """
         # DeepSpeed switches the layers it was given, but the loss belongs to the whole model.
         self.model.eval()
-        loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=num_micro_batches)
+        with as_many_micro_batches(self._deepspeed, num_micro_batches):
+            loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=num_micro_batches)
         self.model.train()
         return float(loss)
 

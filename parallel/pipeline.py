@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ def pipeline_module(part: Part) -> PipelineModule:
         assert model.config.moe is not None
         module.add_module("expert_marker", ExpertMarker(model.config.moe.num_experts))
     return module
+
+
+@contextlib.contextmanager
+def as_many_micro_batches(engine: Any, num_micro_batches: int) -> Iterator[None]:
+    """Let DeepSpeed's pipeline run another number of micro-batches than a training step has.
+
+    Upstream (deepspeed 0.19.8, runtime/pipe/dualpipev.py `_phase1_buffer`): DualPipeV keeps the second half of a
+    micro-batch's way at its number plus the training step's count, so that more of them than that overwrite each other.
+    """
+    usual, engine.micro_batches = engine.micro_batches, num_micro_batches
+    try:
+        yield
+    finally:
+        engine.micro_batches = usual
 
 
 class TiedEmbedding:

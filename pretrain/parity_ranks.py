@@ -150,7 +150,8 @@ def run_layout(
             found.norms.append(result.grad_norm)
         held = engine.tensors()
         found.weights = _copies((n.removesuffix("/weight"), b) for n, b in held.items() if n.endswith("/weight"))
-        found.heldout = engine.evaluate(micro_batches(config, topology, steps), engine.num_micro_batches)
+        # Every batch twice, which leaves the mean as it is: evaluation may take more micro-batches than a step has.
+        found.heldout = engine.evaluate(micro_batches(config, topology, steps) * 2, engine.num_micro_batches * 2)
     return found
 
 

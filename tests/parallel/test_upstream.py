@@ -107,6 +107,26 @@ def test_deepspeed_still_sees_experts_only_in_layers_of_its_own() -> None:
     assert run_ranks(2, unmarked_job, tiny_config("parallel={expert: 2}")) == [False, False]
 
 
+def long_evaluation_job(env: LaunchEnv, config: RunConfig) -> str:
+    with engine_on(env, config) as engine:
+        many = batches(engine, config, 0) * 2
+        try:
+            engine._deepspeed.eval_batch(iter(many), num_micro_batches=len(many))
+        except Exception as error:
+            return type(error).__name__
+        return "evaluated"
+
+
+def test_dualpipev_still_cannot_evaluate_more_micro_batches_than_a_step_has() -> None:
+    """`as_many_micro_batches`."""
+    config = tiny_config("parallel={pipeline: 2, schedule: dualpipev}", "cluster.collective_timeout_s=5")
+    try:
+        told = run_ranks(2, long_evaluation_job, config, timeout_s=60)
+    except LocalRanksFailed:  # one rank raised, and the end of its groups failed then
+        return
+    assert "evaluated" not in told, "mended"
+
+
 def time_out_job(env: LaunchEnv) -> tuple[float, float]:
     """Seconds after which a group made without a time-out gives up, before and after the workaround."""
     given = timedelta(seconds=7)
