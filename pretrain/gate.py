@@ -20,7 +20,7 @@ from parallel import collectives
 from parallel.failures import working_together
 from pretrain import build
 from pretrain.local_ranks import run_ranks
-from pretrain.parity import KINDS, TOLERANCE, Departure, Verdict, judge
+from pretrain.parity import KINDS, TOLERANCE, Verdict, judge
 from pretrain.parity_ranks import Figures, layout_job, oracle, run_layout, write_seed_checkpoint
 from pretrain.trials import Trial, make_trials
 from slurm.environ import LaunchEnv
@@ -101,10 +101,7 @@ def _confirmed(trial: Trial, attempt: Callable[[Trial, int], Verdict]) -> Verdic
     other weights and tokens depart too: a fault of the layout shows in every stream."""
     began = time.perf_counter()
     verdict = attempt(trial, 0)
-    moe = trial.config.model.moe
-    # Where experts choose, each takes as many tokens whichever they are, so that loads cannot tell.
-    near_a_tie = moe is not None and (moe.router.kind == "expert_choice" or _is_of_loads(verdict.departure))
-    if not verdict.agrees and near_a_tie:
+    if not verdict.agrees and may_be_near_a_tie(trial, verdict):
         first = verdict.departure
         verdict = attempt(trial, 1)
         if verdict.agrees:
@@ -113,8 +110,11 @@ def _confirmed(trial: Trial, attempt: Callable[[Trial, int], Verdict]) -> Verdic
     return verdict
 
 
-def _is_of_loads(departure: Departure | None) -> bool:
-    return departure is not None and departure.what == "loads"
+def may_be_near_a_tie(trial: Trial, verdict: Verdict) -> bool:
+    """Whether routers decided otherwise; where experts choose, each takes as many tokens whichever they are, so that
+    loads cannot tell."""
+    moe = trial.config.model.moe
+    return verdict.loads_differ or (moe is not None and moe.router.kind == "expert_choice")
 
 
 def _seed_checkpoints(config: RunConfig, folder: Path) -> list[Path]:

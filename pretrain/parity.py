@@ -50,6 +50,7 @@ class Verdict:
     ranks: int
     errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))  # worst of each kind
     departure: Departure | None = None
+    loads_differ: bool = False  # some token went to another expert, at some step
     seconds: float = 0.0
     note: str = ""
 
@@ -78,6 +79,7 @@ def judge(layout: str, config: RunConfig, found: Sequence[Figures], wanted: Figu
     verdict = Verdict(layout, len(found))
     # What is wrong early makes everything after it wrong: in order of computation the first departure says most.
     for what, tensor, rank, error, ratio in _comparisons(found, wanted):
+        verdict.loads_differ |= what == "loads"  # told only where they do
         if what in verdict.errors:
             verdict.errors[what] = max(verdict.errors[what], error)
         if not error <= tolerance and verdict.departure is None:  # not <=: a NaN departs too

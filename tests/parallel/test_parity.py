@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.run import RunConfig
-from pretrain.gate import _reseeded
+from pretrain.gate import _reseeded, may_be_near_a_tie
 from pretrain.local_ranks import run_ranks
 from pretrain.parity import TOLERANCE, Verdict, judge, tensor_errors
 from pretrain.parity_ranks import Figures, oracle, write_seed_checkpoint
@@ -77,11 +77,12 @@ def verdicts(trials: list[Trial], folder: Path) -> list[Verdict]:
 
 
 def assert_agree(trials: list[Trial], folder: Path) -> None:
-    told = [
-        f"{v.layout} {t.config.model.moe}: {v.departure}"
-        for t, v in zip(trials, verdicts(trials, folder))
-        if not v.agrees
-    ]
+    """As the gate decides: where a token lay so near a tie that rounding sent it elsewhere, a second seed decides."""
+    departed = [(t, v) for t, v in zip(trials, verdicts(trials, folder)) if not v.agrees]
+    again = [Trial(t.layout, _reseeded(t.config, 1), t.ranks) for t, v in departed if may_be_near_a_tie(t, v)]
+    told = [f"{v.layout} {t.config.model.moe}: {v.departure}" for t, v in departed if not may_be_near_a_tie(t, v)]
+    if again:
+        told += [f"{v.layout}: {v.departure}" for v in verdicts(again, folder) if not v.agrees]
     assert not told, "\n".join(told)
 
 
