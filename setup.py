@@ -18,6 +18,12 @@ setup(
         "datasets>=3.0",
         "pyyaml>=6.0",
         "mpi4py>=4.0",
+        "pyarrow>=17",  # parquet, and zstandard that notices a truncated file
+        "orjson>=3.10",
+        "xxhash>=3.4",
+        "rensa>=0.4",  # MinHash
+        "scikit-learn>=1.5",  # the quality classifier
+        "tokenizers>=0.20",
         "pydantic>=2.8",
         "typing_extensions>=4.10",
         "numpy>=1.26",
@@ -28,6 +34,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        "mpi": ["mpich>=4.2"],  # an MPI for `mpiexec -n N glam prep`, where the machine has none
+        "language": ["py3langid>=0.4"],  # the filter `language`
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -36,6 +44,8 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "types-psutil",
+            "mpich>=4.2",
+            "py3langid>=0.4",
             "transformers>=5.0,<6",  # peer of the benchmarks, and the twin `configs/modern.yaml` is tested against
         ]
     },

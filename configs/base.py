@@ -92,8 +92,12 @@ class Strict(BaseModel):
 
     def fingerprint(self) -> str:
         """Twelve hex digits naming this exact configuration."""
-        body = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()[:12]
+        return fingerprint_of(self.model_dump(mode="json"))
+
+
+def fingerprint_of(tree: Any) -> str:
+    """Twelve hex digits naming a tree of plain values."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def set_dotted(tree: dict[str, Any], item: str) -> None:

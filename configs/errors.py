@@ -21,6 +21,10 @@ class UserError(Exception):
         self.found, self.expected, self.remedy = found, expected, remedy
         super().__init__(f"found:    {found}\nexpected: {expected}\nremedy:   {remedy}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """Its message is not its arguments, so pickling, on the way from a worker, must be told."""
+        return type(self), (self.found, self.expected, self.remedy)
+
 
 class RankFailed(Exception):
     """This rank cannot go on; what there is to say has been said."""

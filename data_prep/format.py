@@ -3,71 +3,44 @@
 A dataset is a folder of shards. A shard is a pair in Megatron's indexed format, a sequence a document, EOS at its end:
   shard-00000.bin   token ids, little-endian, uint16 below 65,500 vocabulary entries, else int32
   shard-00000.idx   where each document lies (data_prep.megatron_index)
+  shard-00000.docs  where each document came from (data_prep.manifest.DOCUMENT); Megatron leaves it alone
   shard-00000.json  its counts, sizes in bytes and checksums
-and `manifest.json`, written last: a folder with a manifest is complete. Pairs made by Megatron are read without.
+beside them `sources.json`, the source files, and `manifest.json`, written last: a folder with a manifest is complete.
+Pairs made by Megatron are read without.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
+import zlib
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.errors import UserError
+from data_prep.manifest import (
+    BLOCK_BYTES,
+    DOCUMENT,
+    MANIFEST,
+    PREP_AGAIN,
+    SOURCES,
+    Manifest,
+    ShardInfo,
+    read_manifest,
+    token_dtype,
+)
 from data_prep.megatron_index import Int64s, index_bytes, read_index
-from data_prep.storage import publish, sha256_file, write_atomically
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-PREP_AGAIN = "delete the dataset and run `glam prep CONFIG` again, or copy it again from where it is whole"
+from data_prep.storage import publish, temporary_name, write_atomically
 
 Ids = npt.NDArray[np.integer[Any]]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest type Megatron would choose for this vocabulary."""
-    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the sidecar says of one shard; ``text_bytes`` is the UTF-8 length of the text behind its tokens."""
-
-    name: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a dataset folder holds. ``tokenizer`` is the path of the tokenizer's folder, relative to the dataset's."""
-
-    format: int
-    name: str
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    tokenizer_sha256: str
-    tokenizer: str
-    shards: tuple[ShardInfo, ...]
-    documents: int
-    tokens: int
-    text_bytes: int
 
 
 class ShardWriter:
@@ -76,11 +49,11 @@ class ShardWriter:
     def __init__(self, folder: Path | str, index: int, vocab_size: int) -> None:
         self._folder, self._name = Path(folder), f"shard-{index:05d}"
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
-        self._lengths = array("q")
+        self._lengths, self._origins = array("q"), bytearray()
         self._text_bytes = 0
-        self._digest = hashlib.sha256()
-        self._temporary = {kind: self._folder / f"{self._name}.{kind}.tmp" for kind in ("bin", "idx")}
-        self._bin = self._temporary["bin"].open("wb", buffering=1 << 20)
+        self._waiting, self._digest, self._block_crc32 = bytearray(), hashlib.sha256(), array("L")
+        self._temporary = {k: temporary_name(self._folder / f"{self._name}.{k}") for k in ("bin", "idx", "docs")}
+        self._bin = self._temporary["bin"].open("wb", buffering=0)
         self.tokens = 0
 
     def __enter__(self) -> ShardWriter:
@@ -94,8 +67,8 @@ class ShardWriter:
         elif not self._bin.closed:
             self.close()
 
-    def add_document(self, ids: Ids, text_bytes: int) -> None:
-        """Append one document: ids [tokens], EOS included.
+    def add_document(self, ids: Ids, text_bytes: int, origin: np.void | None = None) -> None:
+        """Append one document: ids [tokens], EOS included, and where it came from (DOCUMENT).
 
         Raises:
             ValueError: no ids, or an id outside the vocabulary; nothing was written.
@@ -104,15 +77,29 @@ class ShardWriter:
             raise ValueError(f"a document of shape {ids.shape}; expected [tokens] with at least the EOS id")
         if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
             raise ValueError(f"token ids {ids.min()}..{ids.max()} outside the vocabulary of {self._vocab_size}")
-        data = np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B")
-        self._bin.write(data)
-        self._digest.update(data)
+        self._waiting += np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B")
+        if len(self._waiting) >= BLOCK_BYTES:
+            self._write_blocks(len(self._waiting) // BLOCK_BYTES * BLOCK_BYTES)
         self._lengths.append(ids.size)
+        self._origins += np.zeros((), DOCUMENT).tobytes() if origin is None else origin.tobytes()
         self.tokens += ids.size
         self._text_bytes += text_bytes
 
+    def _write_blocks(self, count: int) -> None:
+        """Write the first ``count`` bytes that wait."""
+        with memoryview(self._waiting) as waiting:
+            for start in range(0, count, BLOCK_BYTES):
+                block = waiting[start : min(start + BLOCK_BYTES, count)]
+                self._digest.update(block)
+                self._block_crc32.append(zlib.crc32(block))
+                written = 0
+                while written < len(block):  # an unbuffered write may take less than it was given
+                    written += self._bin.write(block[written:])
+                block.release()
+        del self._waiting[:count]
+
     def close(self) -> ShardInfo:
-        """Write the index and the sidecar and rename all three into place; a failure removes what was written.
+        """Write the index, the origins and the sidecar, and rename all into place; a failure removes what was written.
 
         Raises:
             ValueError: no document was added.
@@ -126,9 +113,11 @@ class ShardWriter:
     def _close(self) -> ShardInfo:
         if not self._lengths:
             raise ValueError("a shard without documents")
+        self._write_blocks(len(self._waiting))
         self._bin.close()
         index = index_bytes(np.frombuffer(self._lengths, dtype=np.int64), self._dtype)
         self._temporary["idx"].write_bytes(index)
+        self._temporary["docs"].write_bytes(self._origins)
         for kind, path in self._temporary.items():
             publish(path, self._folder / f"{self._name}.{kind}")
         info = ShardInfo(
@@ -138,47 +127,38 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             bin_bytes=self.tokens * self._dtype.itemsize,
             idx_bytes=len(index),
+            docs_bytes=len(self._origins),
             bin_sha256=self._digest.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
+            docs_sha256=hashlib.sha256(self._origins).hexdigest(),
         )
-        sidecar = {key: value for key, value in dataclasses.asdict(info).items() if key != "name"}
-        write_atomically(self._folder / f"{self._name}.json", _json_bytes(sidecar))
+        write_atomically(self._folder / f"{self._name}.json", info.sidecar(self._block_crc32))
         return info
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses once more
+        with contextlib.suppress(OSError):
             self._bin.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
 
-def write_manifest(
-    folder: Path | str,
-    *,
-    name: str,
-    vocab_size: int,
-    eos_id: int,
-    tokenizer_sha256: str,
-    tokenizer: str,
-    shards: list[ShardInfo],
-) -> Manifest:
-    """Declare a dataset folder complete: to be called last."""
-    manifest = Manifest(
-        format=FORMAT_VERSION,
-        name=name,
-        dtype=token_dtype(vocab_size).name,
-        vocab_size=vocab_size,
-        eos_id=eos_id,
-        tokenizer_sha256=tokenizer_sha256,
-        tokenizer=tokenizer,
-        shards=tuple(shards),
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(shard.text_bytes for shard in shards),
-    )
-    write_atomically(Path(folder) / MANIFEST, _json_bytes(dataclasses.asdict(manifest)))
-    return manifest
+@dataclass(frozen=True)
+class Place:
+    """Part of a document in a range of tokens.
+
+    Attributes:
+        document: its number within the shard.
+        begin: where the document begins, in tokens of the stream.
+        offset: where in the document the part begins, in tokens.
+        tokens: of the part.
+    """
+
+    shard: int
+    document: int
+    begin: int
+    offset: int
+    tokens: int
 
 
 class TokenStream:
@@ -245,54 +225,37 @@ class TokenStream:
         lengths, indices, _ = read_index(self._shards[shard].prefix)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[indices]
 
+    def locate(self, start: int, count: int) -> list[Place]:
+        """The documents in tokens [start, start + count) of the stream, in order."""
+        places: list[Place] = []
+        at, stop = start, min(start + count, self.num_tokens)
+        while at < stop:
+            shard = int(np.searchsorted(self._ends, at, side="right"))
+            bounds = self.documents(shard) + (int(self._ends[shard]) - self._shards[shard].tokens)
+            document = int(np.searchsorted(bounds, at, side="right")) - 1
+            while at < stop and document + 1 < len(bounds):
+                begin, end = int(bounds[document]), int(bounds[document + 1])
+                places.append(Place(shard, document, begin, at - begin, min(stop, end) - at))
+                at, document = min(stop, end), document + 1
+        return places
+
+    def origin(self, shard: int, document: int) -> tuple[str, int] | None:
+        """(source file, record in it counted from 0) of a document; None for a dataset made elsewhere."""
+        if self.manifest is None:
+            return None
+        path = self._shards[shard].prefix.with_suffix(".docs")
+        row = np.memmap(path, DOCUMENT, mode="r")[document]
+        return self._source_files[int(row["file"])], int(row["record"])
+
+    @cached_property
+    def _source_files(self) -> list[str]:
+        files: list[str] = json.loads((self.folder / SOURCES).read_bytes())
+        return files
+
     def token_bytes(self) -> npt.NDArray[np.int32] | None:
         """UTF-8 bytes each token stands for, int32 [V], for bits per byte; None where no tokenizer folder is known."""
         path = self.folder / self.manifest.tokenizer / "token_bytes.npy" if self.manifest else None
         return np.load(path) if path and path.is_file() else None
-
-
-def verify(folder: Path | str) -> Manifest:
-    """Read every byte of a dataset and compare checksums.
-
-    Raises:
-        UserError: names the first file that differs, with both checksums.
-    """
-    stream = TokenStream(folder)
-    if stream.manifest is None:
-        raise UserError(f"{folder} has no {MANIFEST}", "checksums", "only what `glam prep` made can be verified")
-    for number, shard in enumerate(stream.manifest.shards):
-        for kind, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256)):
-            _compare(stream.folder / f"{shard.name}.{kind}", expected)
-        documents = stream.documents(number).size - 1
-        if documents != shard.documents:
-            raise UserError(f"{shard.name}.idx: {documents} documents", f"{shard.documents}", PREP_AGAIN)
-    model = stream.folder / stream.manifest.tokenizer / "tokenizer.model"
-    if model.is_file():
-        _compare(model, stream.manifest.tokenizer_sha256)
-    return stream.manifest
-
-
-def read_manifest(folder: Path | str) -> Manifest:
-    """Read and check ``manifest.json``.
-
-    Raises:
-        UserError: unreadable, not ours, of another version, or at odds with itself.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        tree = json.loads(path.read_bytes())
-        if tree["format"] != FORMAT_VERSION:
-            raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT_VERSION}")
-        shards = tuple(_checked(ShardInfo, shard) for shard in tree["shards"])
-        manifest = _checked(Manifest, {**tree, "shards": shards})
-        if manifest.dtype != token_dtype(manifest.vocab_size).name:
-            raise ValueError(f"dtype {manifest.dtype} does not go with a vocabulary of {manifest.vocab_size}")
-        if manifest.tokens != sum(shard.tokens for shard in shards):
-            raise ValueError(f"{manifest.tokens} tokens in all, {sum(shard.tokens for shard in shards)} in the shards")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        found = f"{path}: {type(error).__name__}: {error}"
-        raise UserError(found, "a manifest written by `glam prep`", PREP_AGAIN) from None
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -307,22 +270,12 @@ class _Shard:
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
 
 
-_Record = TypeVar("_Record", ShardInfo, Manifest)
-
-
-def _checked(cls: type[_Record], tree: dict[str, Any]) -> _Record:
-    for field in dataclasses.fields(cls):
-        if field.type in ("int", "str") and type(tree[field.name]).__name__ != field.type:
-            raise ValueError(f"{field.name} is {tree[field.name]!r}, expected {field.type}")
-    return cls(**tree)
-
-
 def _open_own(folder: Path, manifest: Manifest, shard: ShardInfo) -> _Shard:
     dtype = token_dtype(manifest.vocab_size)
     if shard.bin_bytes != shard.tokens * dtype.itemsize:
         found = f"{folder / MANIFEST}: {shard.name} of {shard.bin_bytes} bytes"
         raise UserError(found, f"{shard.tokens * dtype.itemsize} bytes for {shard.tokens} {dtype} ids", PREP_AGAIN)
-    for kind, expected in (("bin", shard.bin_bytes), ("idx", shard.idx_bytes)):
+    for kind, expected in (("bin", shard.bin_bytes), ("idx", shard.idx_bytes), ("docs", shard.docs_bytes)):
         path = folder / f"{shard.name}.{kind}"
         found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
         if found != f"{expected} bytes":
@@ -355,13 +308,3 @@ def _open_foreign(prefix: Path) -> _Shard:
         expected = f"{tokens * dtype.itemsize} bytes, as its index says"
         raise UserError(f"{prefix}.bin: {bin_bytes} bytes", expected, "copy the pair again")
     return _Shard(prefix, tokens, dtype)
-
-
-def _compare(path: Path, expected: str) -> None:
-    found = sha256_file(path)
-    if found != expected:
-        raise UserError(f"{path}: sha256 {found}", f"sha256 {expected}", PREP_AGAIN)
-
-
-def _json_bytes(tree: dict[str, Any]) -> bytes:
-    return json.dumps(tree, indent=1).encode() + b"\n"

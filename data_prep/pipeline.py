@@ -1,254 +1,377 @@
 """`glam prep`: raw sources in, a tokenizer and verified token shards out.
 
-    OUTPUT/tokenizer/            tokenizer.model, token_bytes.npy
+    OUTPUT/tokenizer/            the tokenizer, and token_bytes.npy
+    OUTPUT/quality/              the classifier, if there is one
     OUTPUT/train/<source>/       shards and manifest.json (data_prep.format)
     OUTPUT/heldout/<source>/     the same, for the documents kept from training
+    OUTPUT/rejects/<stage>.jsonl what was left out: source, origin, rule, reason
     OUTPUT/corpus.yaml           the configuration
-    OUTPUT/rejects.jsonl         records left out: source, origin, reason
+    OUTPUT/data.yaml             the `data` section of a run that trains on this corpus
     OUTPUT/summary.json          counts; written last
+    OUTPUT/work/                 while it is being made
 
-Sources are read twice: to choose (scan), and to tokenize. Text is held by the document, in a few batches and in the
-tokenizer's sample; what grows with the number of documents is about 150 bytes for each. On disk the tokens stand twice
-for a while.
+Stages follow one another; each is cut into tasks by unit (data_prep.units), whose results stand in files. So a killed
+run goes on where it was, and the outcome is the same for any number of workers. Memory a worker: a few units' text.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from configs.corpus import CorpusConfig, JsonLines, SentencePieceFile, SentencePieceTraining, TextTree
+from configs.base import fingerprint_of
+from configs.corpus import CorpusConfig
 from configs.errors import UserError
-from data_prep.encode import encode_batches
-from data_prep.format import write_manifest
-from data_prep.output import find_complete, staged
+from data_prep import assemble, dedup, quality, reading, tokenizing
+from data_prep.documents import Job, save_unit
+from data_prep.output import ASSEMBLED, READY, WORK, find_complete, opened, publish_parts
 from data_prep.progress import Reporter
-from data_prep.readers import Document, list_files, read_documents
-from data_prep.sampling import BlockSample
-from data_prep.scan import HELDOUT, SIDES, TRAIN, SourceScan, order_key, scan_source, text_digest
-from data_prep.spool import TokenSpool
-from data_prep.storage import write_atomically
-from data_prep.summary import SUMMARY, PrepSummary, SideSummary, SourceSummary
-from data_prep.tokenizer import Tokenizer, make_tokenizer
+from data_prep.rules import first_fault
+from data_prep.stages import Counts, Task, Workspace, add_counts, drop_changed_stages
+from data_prep.storage import remove
+from data_prep.summary import PrepSummary, make_table
+from data_prep.tokenizer import open_source
+from data_prep.units import Unit, cut_into_units, list_files, refine, source_state
+from data_prep.workers import Workers, make_workers
 
-_BATCH_BYTES = 1 << 20  # of text sent to a worker at a time: some 50 ms of work or more
-
-Spools = dict[str, TokenSpool]  # by side
+STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
 
 
-def prepare(config: CorpusConfig, console: Console | None = None) -> PrepSummary:
-    """Make the corpus of ``config``, or say that it is there. The files are the same for any number of workers.
+def prepare(
+    config: CorpusConfig,
+    console: Console | None = None,
+    *,
+    until: str = STAGES[-1],
+    redo: bool = False,
+    mpi: bool = False,
+) -> PrepSummary | None:
+    """Make the corpus of ``config``, or say that it is there.
+
+    Args:
+        until: the last stage to do; a later call goes on from there.
+        redo: remake what a changed configuration or changed sources touch, instead of refusing.
+        mpi: this process is one rank of an MPI job; all ranks call this together.
+
+    Returns:
+        None where ``until`` ended it early, and on MPI ranks other than the first.
 
     Raises:
         UserError: no text, no held-out text, a vocabulary that does not fit, another corpus in the way, a full disk.
-            What stood in OUTPUT is untouched and nothing half-made is left.
+            What is done is kept: the same command goes on from it.
     """
-    reporter, output = Reporter(console), Path(config.output)
-    files = _source_files(config, output)
-    state, fingerprint = _source_state(config, files), corpus_fingerprint(config)
-    if summary := find_complete(output, fingerprint, state):
+    with make_workers(config.workers, mpi) as workers:
+        return _prepare(config, Reporter(console), workers, until, redo) if workers is not None else None
+
+
+def _prepare(config: CorpusConfig, reporter: Reporter, workers: Workers, until: str, redo: bool) -> PrepSummary | None:
+    output = Path(config.output)
+    files = [list_files(source) for source in config.sources]
+    _refuse_own_output(files, output)
+    _refuse_unfit_files(config)
+    state = source_state(config, files)
+    try:
+        summary = find_complete(output, config, state)
+    except UserError:
+        if not redo:
+            raise
+        summary = None
+    if summary is not None:
+        shutil.rmtree(output / WORK, ignore_errors=True)  # killed while it was being removed
         reporter.say(f"{output}: already prepared")
-    else:
-        with staged(output) as staging:
-            scans, sample = _scan(config, staging, sum(file.stat().st_size for file in files), reporter)
-            with reporter.stage("tokenizer"):
-                tokenizer = make_tokenizer(config.tokenizer, sample.lines(), staging / "tokenizer")
-            if not tokenizer.lossless:
-                reporter.say(
-                    "warning: this tokenizer loses some text (spaces or rare characters); bits per byte are approximate"
-                )
-            datasets = _tokenize(config, staging, scans, tokenizer, reporter)
-            lost = tuple(SourceSummary(scan.name, scan.rejects, scan.duplicates) for scan in scans)
-            summary = PrepSummary(
-                output,
-                fingerprint,
-                state,
-                tokenizer.sha256,
-                tokenizer.vocab_size,
-                datasets,
-                lost,
-                seconds=reporter.seconds,
-            )
-            write_atomically(staging / "corpus.yaml", config.dump().encode())
-            write_atomically(staging / SUMMARY, summary.to_json())
-    if console is not None:
-        console.print(summary.table())
+        reporter.show(summary.table())
+        return summary
+    with opened(output, redo) as work:
+        making = _Making(config, files, state, Workspace(work, workers, reporter))
+        if redo and (dropped := drop_changed_stages(work, making.keys, STAGES)):
+            reporter.say(f"remaking from the stage {dropped[0]} on")
+            for left in (ASSEMBLED, READY):
+                remove(work / left)
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            making.do(stage)
+        if until != STAGES[-1]:
+            reporter.say(f"stopped after the stage {until}, as asked; its files are in {work / until}")
+            return None
+        summary = assemble.assemble(config, files, state, making.units, making.counts, work)
+        publish_parts(output, work / READY)
+    summary = dataclasses.replace(summary, seconds=reporter.seconds)
+    reporter.show(summary.table())
     return summary
+
+
+def _refuse_own_output(files: list[list[Path]], output: Path) -> None:
+    inside = str(output.resolve()) + os.sep
+    if own := next((file for paths in files for file in paths if str(file.resolve()).startswith(inside)), None):
+        found = f"the source file {own} lies in the output {output}"
+        raise UserError(found, "sources outside of it", "choose another output=PATH")
+
+
+def _refuse_unfit_files(config: CorpusConfig) -> None:
+    """Told before hours of work, not after."""
+    if config.tokenizer.kind != "train_sentencepiece":
+        open_source(config.tokenizer)
+    for spec in {spec for number in range(len(config.sources)) for spec in config.filters_of(number)}:
+        if spec.kind == "language":
+            first_fault("any", [spec])
+    if config.quality is not None and config.quality.kind == "classifier_file":
+        quality.Classifier(config.quality.path)
+
+
+@dataclass
+class _Making:
+    """A corpus in the making: its stages, in order."""
+
+    config: CorpusConfig
+    files: list[list[Path]]
+    state: str
+    space: Workspace
+
+    def __post_init__(self) -> None:
+        self.units: list[Unit] = cut_into_units(self.config, self.files)
+        self.counts: dict[str, Counts] = {}
+        self.keys = stage_keys(self.config, self.state)
+        self.deciding: tuple[str, ...] = ()  # stages so far that may drop documents
+
+    def do(self, stage: str) -> None:
+        """Do one stage, or find it done, and show its table."""
+        if stage == "quality" and self.config.quality is None:
+            self.space.key = {**self.space.key, stage: self.keys[stage]}
+            return
+        folder = self.space.open_stage(stage, self.keys[stage])
+        if (counts := self.space.finished(stage)) is None:
+            counts = self.space.close_stage(stage, getattr(self, f"_{stage}")(folder))
+        self.counts[stage] = counts
+        if stage == "read":
+            self.units = refine(self.units, counts.pop("records"), counts.pop("cuts"))
+            self._refuse_rejects(counts)
+        if stage in ("clean", "dedup", "quality"):
+            self.deciding += (stage,)
+        if stage in ("read", "clean", "dedup", "quality"):  # what comes of the others, the last table tells
+            self.space.reporter.show(stage_table(stage, counts))
+
+    # ---- stages: each returns {"sources": {name: counts}, ...} -------------------------------------------
+    def _read(self, folder: Path) -> Counts:
+        found = self._each_unit("read", folder, "", reading.read_task)
+        records, cuts = [part["records"] for part in found], [part["cuts"] for part in found]
+        by_source = self._by_source([part["counts"] for part in found])
+        for unit in refine(self.units, records, cuts):
+            save_unit(self.space.folder, unit)
+        return {**by_source, "records": records, "cuts": cuts}
+
+    def _clean(self, folder: Path) -> Counts:
+        return self._by_source(self._each_unit("clean", folder, "", reading.clean_task))
+
+    def _dedup(self, folder: Path) -> Counts:
+        entries = self._each_unit("dedup: signatures", folder, "s", dedup.signatures_task)
+        ranges = dedup.num_ranges(sum(part["entries"] for part in entries))
+        names, weight = [unit.name for unit in self.units], self._bytes // ranges
+        tasks = [Task(dedup.range_name(n), dedup.meet_task, (folder, names, n, ranges), weight) for n in range(ranges)]
+        self.space.run("dedup: meet", folder, tasks)
+        return self._by_source(self._each_unit("dedup: judge", folder, "j", dedup.judge_task, ranges))
+
+    def _quality(self, folder: Path) -> Counts:
+        spec = self.config.quality
+        assert spec is not None
+        learned: Counts | None = None
+        if spec.kind == "train_classifier":
+            learned = self._train_classifier(spec, folder)
+        path = folder / quality.CLASSIFIER if spec.kind == "train_classifier" else Path(spec.path)
+        tasks = [
+            Task(unit.name, quality.score_task, (self._job(unit), path, spec.pareto_alpha), unit.bytes)
+            if self.config.sources[unit.source].name in spec.filter
+            else Task(unit.name, quality.pass_task, (self._job(unit),), unit.bytes)
+            for unit in self.units
+        ]
+        counts = self._by_source(self.space.run("quality: score", folder, tasks))
+        return {**counts, "classifier": learned or quality.Classifier(path).facts}
+
+    def _train_classifier(self, spec: Any, folder: Path) -> Counts:
+        kept = self.counts["dedup"]["sources"]
+        classes = {name: members for name, members in (("curated", spec.curated), ("other", spec.filter))}
+        share: dict[str, float] = {}
+        for members in classes.values():
+            held = sum(kept[name]["bytes"] for name in members)
+            share |= {name: min(1.0, spec.sample_bytes / max(1, held)) for name in members}
+        units = [unit for unit in self.units if self.config.sources[unit.source].name in share]
+        tasks = [
+            Task(
+                f"{unit.name}.sample",
+                quality.sample_task,
+                (self._job(unit), share[self.config.sources[unit.source].name]),
+                unit.bytes,
+            )
+            for unit in units
+        ]
+        self.space.run("quality: sample", folder, tasks)
+        paths = {
+            name: [self._job(u).path("quality", "sample.jsonl") for u in units if self._name(u) in members]
+            for name, members in classes.items()
+        }
+        task = Task("classifier", quality.train_task, (spec, self.config.seed, *paths.values(), folder), 1)
+        return self.space.run("quality: train", folder, [task])[0]
+
+    def _tokenizer(self, folder: Path) -> Counts:
+        spec, samples = self.config.tokenizer, []
+        self._refuse_empty()
+        if spec.kind == "train_sentencepiece":
+            left = self._left_bytes()
+            total = sum(source.weight for source in self.config.sources)
+            share = {
+                source.name: min(1.0, spec.sample_bytes * source.weight / total / max(1, left[source.name]))
+                for source in self.config.sources
+            }
+            tasks = [
+                Task(
+                    unit.name,
+                    tokenizing.sample_task,
+                    (self._job(unit), share[self._name(unit)], spec.sample_bytes),
+                    unit.bytes,
+                )
+                for unit in self.units
+            ]
+            self.space.run("tokenizer: sample", folder, tasks)
+            samples = [self._job(unit).path("tokenizer", "sample.txt") for unit in self.units]
+        task = Task("trained", tokenizing.tokenizer_task, (spec, samples, folder / "files"), 1)
+        counts = self.space.run("tokenizer", folder, [task])[0]
+        if not counts["lossless"]:
+            self.space.reporter.say(
+                "warning: this tokenizer loses some text (spaces or rare characters); bits per byte are approximate"
+            )
+        return counts
+
+    def _tokenize(self, folder: Path) -> Counts:
+        tokenizer = self.space.folder / "tokenizer" / "files"
+        found = self._each_unit("tokenize", folder, "", tokenizing.encode_task, tokenizer)
+        sides = self._by_source(found)["sources"]
+        members = {
+            source.name: [unit.name for unit in self.units if unit.source == number]
+            for number, source in enumerate(self.config.sources)
+        }
+        groups = [(name, side) for side in tokenizing.SIDES for name in members if sides[name][side]["documents"]]
+        plans = self.space.run("shards: plan", folder, [
+            Task(
+                f"{side}.{name}.plan",
+                tokenizing.plan_task,
+                (folder, members[name], side, self.config.shard_tokens),
+                sides[name][side]["tokens"],
+            )
+            for name, side in groups
+        ])  # fmt: skip
+        tasks, owners = [], []
+        for (name, side), plan in zip(groups, plans, strict=True):
+            target = folder / "datasets" / side / name
+            target.mkdir(parents=True, exist_ok=True)
+            cuts = plan["cuts"]
+            for index, cut in enumerate(pairwise(cuts)):
+                arguments = (folder, members[name], side, index, cut, tokenizer, target)
+                weight = sides[name][side]["tokens"] // (len(cuts) - 1)
+                tasks.append(Task(f"{side}.{name}.{index:05d}", tokenizing.shard_task, arguments, weight))
+                owners.append((name, side))
+        shards = self.space.run("shards: write", folder, tasks)
+        for owner, shard in zip(owners, shards, strict=True):
+            sides[owner[0]][owner[1]].setdefault("shards", []).append(shard["shard"])
+        return {"sources": sides}
+
+    # ---- helpers -----------------------------------------------------------------------------------------
+    def _job(self, unit: Unit) -> Job:
+        return Job(self.config, self.space.folder, unit, self.deciding)
+
+    def _name(self, unit: Unit) -> str:
+        return self.config.sources[unit.source].name
+
+    @property
+    def _bytes(self) -> int:
+        return sum(unit.bytes for unit in self.units)
+
+    def _each_unit(self, label: str, folder: Path, suffix: str, run: Any, *arguments: Any) -> list[Counts]:
+        end = f".{suffix}" if suffix else ""
+        tasks = [Task(unit.name + end, run, (self._job(unit), *arguments), unit.bytes) for unit in self.units]
+        return self.space.run(label, folder, tasks)
+
+    def _by_source(self, parts: Sequence[Counts]) -> Counts:
+        sources = {
+            source.name: add_counts([part for part, unit in zip(parts, self.units) if unit.source == number])
+            for number, source in enumerate(self.config.sources)
+        }
+        return {"sources": sources}
+
+    def _left_bytes(self) -> dict[str, int]:
+        last = self.counts[self.deciding[-1]]["sources"]
+        return {name: int(last[name]["bytes"]) for name in last}
+
+    def _refuse_rejects(self, counts: Counts) -> None:
+        most = self.config.max_reject_fraction
+        for name, found in counts["sources"].items():
+            records = found["documents"] + found["rejects"]
+            if found["rejects"] > most * records:
+                raise UserError(
+                    f"source {name!r}: {found['rejects']:,} of {records:,} records cannot be read; "
+                    f"the first: {assemble.first_rejects(self.space.folder, 'read')}",
+                    f"at most {most:.2%} (max_reject_fraction)",
+                    "mend the source, or allow more",
+                )
+
+    def _refuse_empty(self) -> None:
+        """Each source must have something to train on, and there must be something to measure on."""
+        assemble.refuse_empty(self.config, self.units, self.space.folder, self.deciding, self.counts)
+
+
+def stage_keys(config: CorpusConfig, state: str) -> dict[str, dict[str, Any]]:
+    """What decides the outcome of each stage, besides the stages before it."""
+    tree = config.model_dump(mode="json")
+    own = ("weight", "filters", "name")
+    where = {source["name"]: {k: v for k, v in source.items() if k not in own} for source in tree["sources"]}
+    return {
+        "read": {
+            "sources": where,
+            "order of sources": list(where),
+            "source files": state,
+            "max_document_bytes": config.max_document_bytes,
+            "unit_bytes": config.unit_bytes,
+        },
+        "clean": {
+            "clean": {key: value for key, value in tree["clean"].items() if key != "filters"},
+            "filters": {
+                s.name: [f.model_dump(mode="json") for f in config.filters_of(n)] for n, s in enumerate(config.sources)
+            },
+            "seed": config.seed,
+        },
+        "dedup": tree["deduplicate"],
+        "quality": {"quality": tree["quality"]},
+        "tokenizer": {
+            "tokenizer": tree["tokenizer"],
+            "weights": {source.name: source.weight for source in config.sources},
+            "heldout_fraction": config.heldout_fraction,
+        },
+        "tokenize": {"shard_tokens": config.shard_tokens},
+    }
+
+
+def stage_table(stage: str, counts: Counts) -> Any:
+    """For the terminal: what a stage found, by source."""
+    flat = {name: _flat(found) for name, found in counts["sources"].items()}
+    heads = list(dict.fromkeys(key for found in flat.values() for key in found))
+    rows = [[name, *(f"{found.get(key, 0):,}" for key in heads)] for name, found in flat.items()]
+    return make_table(stage, ["source", *heads], rows)
+
+
+def _flat(found: Counts) -> dict[str, int]:
+    flat: dict[str, int] = {}
+    for key, value in found.items():
+        if isinstance(value, dict) and key != "histogram":
+            flat |= {name if key == "rules" else f"{key} {name}": n for name, n in value.items() if isinstance(n, int)}
+        elif isinstance(value, int):
+            flat[key] = value
+    return flat
 
 
 def corpus_fingerprint(config: CorpusConfig) -> str:
     """Names what is made, so neither where it is put nor by how many processes counts."""
-    return config.model_copy(update={"output": "", "workers": 1}).fingerprint()
-
-
-def _source_files(config: CorpusConfig, output: Path) -> list[Path]:
-    names = [source.name for source in config.sources]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two sources are named {twice[0]!r}", "a name for each", "rename one: names become folders")
-    files = [file for source in config.sources for file in list_files(source)]
-    inside = str(output.resolve()) + os.sep
-    if own := next((file for file in files if str(file.resolve()).startswith(inside)), None):
-        found = f"the source file {own} lies in the output {output}"
-        raise UserError(found, "sources outside of it", "choose another output=PATH")
-    return files
-
-
-def _source_state(config: CorpusConfig, files: list[Path]) -> str:
-    """Twelve hex digits that change when a source file is added, removed, resized or touched."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        status = file.stat()
-        digest.update(os.fsencode(file) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    if isinstance(config.tokenizer, SentencePieceFile):
-        digest.update(Tokenizer(config.tokenizer.path).sha256.encode())
-    return digest.hexdigest()[:12]
-
-
-def _scan(
-    config: CorpusConfig, staging: Path, total_bytes: int, reporter: Reporter
-) -> tuple[list[SourceScan], BlockSample]:
-    """First pass over all sources."""
-    training = config.tokenizer if isinstance(config.tokenizer, SentencePieceTraining) else None
-    sample = BlockSample(training.sample_bytes if training else 0)
-    seen: set[bytes] = set()
-    rejects_path = staging / "rejects.jsonl"
-    with reporter.stage("scan", total_bytes) as advance, rejects_path.open("w", encoding="utf-8") as rejects:
-        scans = [
-            scan_source(
-                source,
-                seed=config.seed,
-                heldout_fraction=config.heldout_fraction,
-                seen=seen,
-                sample=sample if training else None,
-                rejects=rejects,
-                advance=advance,
-            )
-            for source in config.sources
-        ]
-    for scan in scans:
-        if scan.count(TRAIN) == 0:
-            counts = f"{scan.count(HELDOUT)} held out, {scan.rejects} rejected, {scan.duplicates} duplicates"
-            remedy = f"mend or remove the source; the first rejects: {_first_lines(rejects_path)}"
-            raise UserError(f"source {scan.name!r}: no document to train on ({counts})", "at least one", remedy)
-    if config.heldout_fraction > 0 and not any(scan.count(HELDOUT) for scan in scans):
-        found = f"no held-out document among {sum(scan.count(TRAIN) for scan in scans)}"
-        remedy = "raise heldout_fraction, change seed, add documents, or set heldout_fraction=0"
-        raise UserError(found, f"some, with heldout_fraction={config.heldout_fraction}", remedy)
-    return scans, sample
-
-
-def _first_lines(rejects_path: Path) -> str:
-    with rejects_path.open(encoding="utf-8") as file:
-        return "".join(line for line, _ in zip(file, range(3), strict=False)).strip() or "none"
-
-
-def _tokenize(
-    config: CorpusConfig, staging: Path, scans: list[SourceScan], tokenizer: Tokenizer, reporter: Reporter
-) -> tuple[SideSummary, ...]:
-    """Second pass: every document kept becomes tokens on its side's spool, then shards."""
-    spool_folder = staging / "spool"
-    spool_folder.mkdir()
-    spools: dict[str, Spools] = {}
-    with ExitStack() as stack:
-        with reporter.stage("tokenize", sum(scan.text_bytes for scan in scans)) as advance:
-            for scan in scans:
-                spools[scan.name] = {}
-                for side in (side for side, code in SIDES.items() if scan.count(code)):
-                    spool = TokenSpool(spool_folder / f"{scan.name}.{side}", tokenizer.vocab_size)
-                    stack.callback(spool.close)
-                    spools[scan.name][side] = spool
-            _fill_spools(config, scans, staging / "tokenizer", spools, advance)
-        rows: list[SideSummary] = []
-        with reporter.stage("write shards") as advance:
-            for name, by_side in spools.items():
-                for side, spool in by_side.items():
-                    folder = staging / side / name
-                    folder.mkdir(parents=True)
-                    shards = spool.write_shards(folder, config.shard_tokens, advance)
-                    manifest = write_manifest(
-                        folder,
-                        name=name,
-                        vocab_size=tokenizer.vocab_size,
-                        eos_id=tokenizer.eos_id,
-                        tokenizer_sha256=tokenizer.sha256,
-                        tokenizer="../../tokenizer",
-                        shards=shards,
-                    )
-                    counts = (len(shards), manifest.documents, manifest.tokens, manifest.text_bytes)
-                    rows.append(SideSummary(name, side, *counts))
-    return tuple(rows)
-
-
-@dataclass
-class _Batch:
-    """Documents on their way: texts for a worker, the rest stays here."""
-
-    texts: list[str]
-    targets: list[tuple[TokenSpool, int, int]]  # where to, text bytes, place in the shuffle
-    text_bytes: int = 0
-
-
-def _fill_spools(
-    config: CorpusConfig,
-    scans: list[SourceScan],
-    tokenizer: Path,
-    spools: dict[str, Spools],
-    advance: Callable[[int], None],
-) -> None:
-    """Encode all sources in one go, so that worker processes start once."""
-    on_the_way: deque[_Batch] = deque()
-
-    def texts() -> Iterator[list[str]]:
-        for source, scan in zip(config.sources, scans, strict=True):
-            for batch in _batches(source, scan, spools[scan.name], config.seed):
-                on_the_way.append(batch)
-                yield batch.texts
-
-    for encoded in encode_batches(tokenizer, texts(), config.workers):
-        batch = on_the_way.popleft()
-        end = 0
-        for (spool, text_bytes, key), length in zip(batch.targets, encoded.lengths, strict=True):
-            spool.add(encoded.ids[end : end + length], text_bytes, key)
-            end += length
-        advance(batch.text_bytes)
-
-
-def _batches(source: TextTree | JsonLines, scan: SourceScan, spools: Spools, seed: int) -> Iterator[_Batch]:
-    """The documents kept, in reading order, in batches of about `_BATCH_BYTES`.
-
-    Raises:
-        UserError: the source is no longer what the scan saw.
-    """
-    by_code = {SIDES[side]: spool for side, spool in spools.items()}
-    batch, number = _Batch([], []), 0
-    changed = UserError(
-        f"source {source.name!r} changed while it was read", "files that stay as they are", "run it again"
-    )
-    for document in read_documents(source):
-        if not isinstance(document, Document):
-            continue
-        data = document.text.encode("utf-8")
-        digest = text_digest(data, seed)
-        if number >= len(scan.sides) or digest != scan.digests[number].tobytes():
-            raise changed
-        spool = by_code.get(int(scan.sides[number]))
-        number += 1
-        if spool is None:  # a duplicate
-            continue
-        batch.texts.append(document.text)
-        batch.targets.append((spool, len(data), order_key(digest)))
-        batch.text_bytes += len(data)
-        if batch.text_bytes >= _BATCH_BYTES:
-            yield batch
-            batch = _Batch([], [])
-    if number != len(scan.sides):
-        raise changed
-    if batch.texts:
-        yield batch
+    return fingerprint_of(config.makes)

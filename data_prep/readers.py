@@ -1,147 +1,240 @@
-"""Raw sources as a stream of documents, in an order that depends on names alone.
+"""Raw sources as a stream of documents, unit by unit.
 
 A record that cannot be read is yielded as a `Reject`: one bad line never costs the corpus, and is never lost silently.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
-import json
-import os
-import re
-import sysconfig
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from configs.corpus import JsonLines, TextTree
+import orjson
+
+from configs.corpus import HuggingFace, JsonLines, Parquet, SourceSpec, TextTree
 from configs.errors import UserError
+from data_prep.units import Unit
+
+_ROWS_A_BATCH = 256  # of a table, in memory at a time
+_SKIP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text; ``origin`` is "file" or "file:line"."""
+    """One text; `file` counts the files of its source, `record` the records of the file, both from 0."""
 
     text: str
-    origin: str
+    file: int
+    record: int
 
 
 @dataclass(frozen=True)
 class Reject:
     """One record left out, and why."""
 
-    origin: str
+    file: int
+    record: int
     reason: str
 
 
-def read_documents(source: TextTree | JsonLines) -> Iterator[Document | Reject]:
-    """Every document of a source, sorted by path, then by line.
+@dataclass(frozen=True)
+class Blank:
+    """A line with nothing on it: counted, so that those behind it have their right numbers."""
 
-    Raises:
-        UserError: the path is missing, or no file matches.
+    file: int
+    record: int
+
+
+Record = Document | Reject | Blank
+
+
+def read_unit(source: SourceSpec, unit: Unit, max_bytes: int) -> Iterator[Record]:
+    """Every record of a unit, in order.
+
+    Args:
+        max_bytes: a longer record is a reject, and is never held whole where its format allows.
     """
-    for path in list_files(source):
-        for record in _read_text(path) if isinstance(source, TextTree) else _read_lines(path, source.text_field):
-            if isinstance(record, Document) and not record.text:
-                yield Reject(record.origin, "empty text")
-            else:
-                yield record
+    for number, path in unit.files:
+        for record in islice(_read_file(source, unit, number, Path(path), max_bytes), unit.take):
+            if isinstance(record, Document):
+                if not record.text:
+                    record = Reject(record.file, record.record, "empty text")
+                elif len(record.text) * 4 > max_bytes and (size := len(record.text.encode())) > max_bytes:
+                    record = _too_long(record.file, record.record, size, max_bytes)
+            yield record
 
 
-def list_files(source: TextTree | JsonLines) -> list[Path]:
-    """The files of a source, sorted.
-
-    Raises:
-        UserError: the path is missing, or no file matches.
-    """
-    path = Path(os.path.expanduser(source.path.replace("{stdlib}", sysconfig.get_path("stdlib"))))
+def _read_file(source: SourceSpec, unit: Unit, number: int, path: Path, max_bytes: int) -> Iterator[Record]:
     if isinstance(source, TextTree):
-        if not path.is_dir():
-            raise UserError(f"source {source.name!r}: no folder {path}", "a folder of text files", "mend its `path`")
-        files, wanted = _walk(path, source), f"files matching {source.pattern!r} below {path}"
+        yield _read_text(path, number, max_bytes)
+    elif isinstance(source, JsonLines):
+        yield from _read_lines(source, unit, number, path, max_bytes)
+    elif isinstance(source, Parquet):
+        yield from _read_parquet(source, unit, number, path)
     else:
-        named = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
-        files, wanted = (
-            sorted(Path(name) for name in named if Path(name).is_file()),
-            "a .jsonl file, or a glob of files",
-        )
-    if not files:
-        remedy = "mend its `path`, `pattern` or `exclude`"
-        raise UserError(f"source {source.name!r}: no file matches in {source.path}", wanted, remedy)
-    return files
+        yield from _read_hugging_face(source, unit, number, path)
 
 
-def _walk(root: Path, source: TextTree) -> list[Path]:
-    wanted, unwanted = _glob_regex(source.pattern), [_glob_regex(pattern) for pattern in source.exclude]
-
-    def refuse(error: OSError) -> None:
-        found = f"source {source.name!r}: {error}"
-        raise UserError(found, "readable folders", "mend its permissions or exclude it") from error
-
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        inside = Path(folder).relative_to(root).as_posix()
-        prefix = "" if inside == "." else inside + "/"
-        # A folder excluded as a whole ("x/**") is not entered: site-packages may hold more files than the corpus.
-        subfolders[:] = [name for name in subfolders if not any(r.fullmatch(f"{prefix}{name}/") for r in unwanted)]
-        for name in names:
-            relative = prefix + name
-            kept = wanted.fullmatch(relative) and not any(r.fullmatch(relative) for r in unwanted)
-            if kept and (root / relative).is_file():
-                files.append(root / relative)
-    return sorted(files)
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression: ``**`` crosses folders (also none at all), ``*`` and ``?`` do not."""
-    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-
-    def translate(part: str) -> str:
-        is_set = len(part) > 2 and part[0] == "[" and part[-1] == "]"
-        return rules.get(part) or (part.replace("[!", "[^") if is_set else re.escape(part))
-
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
-    return re.compile("".join(translate(part) for part in parts), re.DOTALL)
-
-
-def _read_text(path: Path) -> Iterator[Document | Reject]:
+def _read_text(path: Path, number: int, max_bytes: int) -> Record:
     try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            return _too_long(number, 0, size, max_bytes)
         # Decoding bytes keeps "\r\n" and a byte order mark as they are; text mode would not.
-        yield Document(path.read_bytes().decode("utf-8"), str(path))
+        return Document(path.read_bytes().decode("utf-8"), number, 0)
     except UnicodeDecodeError as error:
-        yield Reject(str(path), f"not UTF-8: {error.reason} at byte {error.start}")
+        return Reject(number, 0, f"not UTF-8: {error.reason} at byte {error.start}")
     except OSError as error:
-        yield Reject(str(path), f"cannot be read: {error.strerror}")
+        return Reject(number, 0, f"cannot be read: {error.strerror}")
 
 
-def _read_lines(path: Path, field: str) -> Iterator[Document | Reject]:
-    number = 0
+def _read_lines(source: JsonLines, unit: Unit, number: int, path: Path, max_bytes: int) -> Iterator[Record]:
+    record = unit.first_record - 1
+    longest = max_bytes * 6 + 65_536  # JSON may spell a byte as \u00XX, and a record has other fields
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse_line(line, field, f"{path}:{number}")
+        with open_stream(path) as file:
+            lines = islice(_lines(file, unit, longest), unit.skip, None)
+            for record, line in enumerate(lines, start=unit.first_record):
+                if isinstance(line, int):
+                    yield _too_long(number, record, line, longest)
+                elif line.isspace():
+                    yield Blank(number, record)
+                else:
+                    yield _parse_line(line, source.text_field, number, record)
     except (OSError, EOFError, zlib.error) as error:  # a cut or damaged archive: what came before it is kept
-        yield Reject(f"{path}:{number + 1}", f"the file cannot be read further: {error}")
+        yield Reject(number, record + 1, f"the file cannot be read further: {error}")
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+def _lines(file: BinaryIO, unit: Unit, longest: int) -> Iterator[bytes | int]:
+    """The lines that begin in [unit.start, unit.stop), to the end where that is None. Of a line longer than
+    ``longest`` only its length."""
+    position = unit.start
+    if position:
+        file.seek(position - 1)
+        position += _skip_line(file) - 1
+    while unit.stop is None or position < unit.stop:
+        line = file.readline(longest + 1)
+        if not line:
+            return
+        position += len(line)
+        if len(line) > longest and not line.endswith(b"\n"):
+            rest = _skip_line(file)
+            position += rest
+            yield len(line) + rest
+        else:
+            yield line
 
 
-def _parse_line(line: bytes, field: str, origin: str) -> Document | Reject:
+def _skip_line(file: BinaryIO) -> int:
+    """Read past the end of the line; returns how many bytes that were."""
+    skipped = 0
+    while piece := file.readline(_SKIP_BYTES):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if its name ends in .gz or .zst. A truncated archive raises when its end is met."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        import pyarrow  # late: half a second that plain files need not pay
+
+        # The zstandard package takes a truncated file for a whole one; Arrow does not.
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _SKIP_BYTES))
+    return path.open("rb", buffering=_SKIP_BYTES)
+
+
+def _parse_line(line: bytes, field: str, number: int, record: int) -> Record:
     try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            return Reject(origin, f"a JSON {type(record).__name__}, not an object")
-        if not isinstance(text := record.get(field), str):
-            return Reject(
-                origin, f"field {field!r} is {type(text).__name__ if field in record else 'missing'}, not text"
-            )
-        text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
-        return Document(text, origin)
-    except (ValueError, RecursionError) as error:
-        return Reject(origin, f"malformed: {error}")
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:  # also half a surrogate pair, and what is not UTF-8
+        return Reject(number, record, f"malformed: {error}")
+    if not isinstance(value, dict):
+        return Reject(number, record, f"a JSON {type(value).__name__}, not an object")
+    return _text_or_reject(value.get(field), field in value, field, number, record)
+
+
+def _text_or_reject(text: Any, there: bool, field: str, number: int, record: int) -> Record:
+    if isinstance(text, str):
+        return Document(text, number, record)
+    return Reject(number, record, f"field {field!r} is {type(text).__name__ if there else 'missing'}, not text")
+
+
+def _read_parquet(source: Parquet, unit: Unit, number: int, path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    record, field = unit.first_record, source.text_field
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            if field not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)
+                yield Reject(number, record, f"field {field!r} is missing; the columns are {columns}")
+                return
+            groups = list(range(unit.start, unit.stop if unit.stop is not None else file.num_row_groups))
+            skip = unit.skip
+            for batch in file.iter_batches(_ROWS_A_BATCH, row_groups=groups, columns=[field]):
+                for cell in batch.column(0)[skip:]:
+                    yield _cell(cell, field, number, record)
+                    record += 1
+                skip = max(0, skip - batch.num_rows)
+    except (OSError, pyarrow.ArrowException) as error:
+        yield Reject(number, record, f"the file cannot be read further: {_one_line(error)}")
+
+
+def _cell(cell: Any, field: str, number: int, record: int) -> Record:
+    try:
+        return _text_or_reject(cell.as_py(), True, field, number, record)
+    except UnicodeDecodeError as error:
+        return Reject(number, record, f"not UTF-8: {error.reason} at byte {error.start}")
+
+
+def _read_hugging_face(source: HuggingFace, unit: Unit, number: int, path: Path) -> Iterator[Record]:
+    record, field = unit.first_record, source.text_field
+    try:
+        for row in islice(hugging_face_rows(source, path, unit), unit.skip, None):
+            yield _text_or_reject(row.get(field), field in row, field, number, record)
+            record += 1
+    except UserError:
+        raise
+    except Exception as error:  # each loader has errors of its own
+        yield Reject(number, record, f"the file cannot be read further: {type(error).__name__}: {_one_line(error)}")
+
+
+def hugging_face_rows(source: HuggingFace, path: Path, unit: Unit) -> Iterator[dict[str, Any]]:
+    """Rows of one file, as the `datasets` library streams them.
+
+    Raises:
+        UserError: there is no such loader.
+    """
+    import datasets  # late: seconds that other sources need not pay
+
+    datasets.disable_progress_bars()
+    if source.builder == "disk":
+        rows = datasets.load_from_disk(str(path))
+        yield from rows.select(range(unit.start, len(rows) if unit.stop is None else unit.stop))
+        return
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as packaged
+
+    if source.builder not in packaged:
+        found = f"source {source.name!r}: builder={source.builder!r}"
+        raise UserError(found, f"one of disk, {', '.join(sorted(packaged))}", "other loaders want a hub")
+    yield from datasets.load_dataset(
+        source.builder, data_files=str(path), split="train", streaming=True, **source.options
+    )
+
+
+def _too_long(number: int, record: int, size: int, most: int) -> Reject:
+    return Reject(number, record, f"{size:,} bytes; at most {most:,} (max_document_bytes)")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -6,15 +6,22 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from configs.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_READ_BYTES = 1 << 20
+_READ_BYTES = _WRITE_BYTES = 1 << 20
+TEMPORARY = ".tmp"
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -24,15 +31,42 @@ def publish(temporary: Path, final: Path) -> None:
     temporary.replace(final)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name, then rename it; a failed write leaves nothing."""
-    temporary = path.with_name(path.name + ".tmp")
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` of this process's own: a worker that outlives its killed run may write the same file."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it gets its name when the block ends well, else it leaves nothing."""
+    temporary = temporary_name(path)
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb", buffering=_WRITE_BYTES) as file:
+            yield file
         publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file under a temporary name, then rename it; a failed write leaves nothing."""
+    with written_atomically(path) as file:
+        file.write(data)
+
+
+def save_array(path: Path, values: npt.NDArray[Any]) -> None:
+    """Write an array as .npy, atomically."""
+    with written_atomically(path) as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
@@ -53,8 +87,8 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise UserError(
                 f"{folder}: {error.strerror}",
-                "room for the shards and as much again while they are made",
-                "free space or raise the quota, or choose another output=PATH; nothing half-made was kept",
+                "room for the tokens twice, and about 300 bytes a document, until the shards are made",
+                "free space or raise the quota and run the same command again: it goes on from what is done",
             ) from error
         if error.errno in _DENIED:
             remedy = "mend its permissions, or choose another output=PATH"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from configs.errors import UserError
 
 SUMMARY = "summary.json"
+Counts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,32 @@ class SideSummary:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What was left out of one source."""
+    """One source, from what was read to what is left; `stages` holds each stage's own counts."""
 
     source: str
-    rejects: int
-    duplicates: int
+    weight: float
+    files: int
+    stages: dict[str, Counts]
+
+    @property
+    def rejects(self) -> int:
+        """Records that could not be read."""
+        return int(self.stages["read"]["rejects"])
+
+    @property
+    def cleaned(self) -> dict[str, int]:
+        """Documents left out by each rule."""
+        return dict(self.stages["clean"]["rules"])
+
+    @property
+    def duplicates(self) -> int:
+        """Documents left out as like an earlier one."""
+        return int(self.stages["dedup"]["exact"] + self.stages["dedup"]["near"])
+
+    @property
+    def low_quality(self) -> int:
+        """Documents left out by their quality score."""
+        return int(self.stages["dedup"]["kept"] - self.stages["quality"]["kept"]) if "quality" in self.stages else 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,7 @@ class PrepSummary:
     vocab_size: int
     datasets: tuple[SideSummary, ...]
     sources: tuple[SourceSummary, ...]
+    classifier: Counts | None = None
     already_prepared: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -80,15 +104,31 @@ class PrepSummary:
     def table(self) -> Table:
         """For the terminal: a row for each source and side, below it what was left out."""
         left_out = (
-            f"left out of {row.source}: {row.rejects:,} rejects, {row.duplicates:,} duplicates" for row in self.sources
+            f"left out of {row.source}: {row.rejects:,} unreadable, {sum(row.cleaned.values()):,} unclean, "
+            f"{row.duplicates:,} duplicates" + (f", {row.low_quality:,} by quality" if "quality" in row.stages else "")
+            for row in self.sources
         )
-        title = f"{self.output}: vocabulary {self.vocab_size:,}"
-        table = Table(title=title, caption="\n".join(left_out), title_justify="left", caption_justify="left")
-        table.add_column("source", no_wrap=True)
-        table.add_column("side", no_wrap=True)
-        for title in ("documents", "tokens", "MB", "bytes/token"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in self.datasets:
-            size, ratio = f"{row.text_bytes / 1e6:.1f}", f"{row.text_bytes / row.tokens:.2f}"
-            table.add_row(row.source, row.side, f"{row.documents:,}", f"{row.tokens:,}", size, ratio)
-        return table
+        rows = [
+            (
+                row.source,
+                row.side,
+                f"{row.documents:,}",
+                f"{row.tokens:,}",
+                f"{row.text_bytes / 1e6:.1f}",
+                f"{row.text_bytes / row.tokens:.2f}",
+            )
+            for row in self.datasets
+        ]
+        heads = ("source", "side", "documents", "tokens", "MB", "bytes/token")
+        return make_table(f"{self.output}: vocabulary {self.vocab_size:,}", heads, rows, "\n".join(left_out))
+
+
+def make_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """A table: names to the left, figures to the right."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for number, head in enumerate(heads):
+        names = all(not row[number][:1].isdigit() for row in rows)
+        table.add_column(head, no_wrap=True, justify="left" if names else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,189 @@
+"""The last steps: what the stages left becomes the parts of an output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.base import fingerprint_of
+from configs.corpus import CorpusConfig, JsonLines, SourceSpec, TextTree
+from configs.errors import UserError
+from data_prep.documents import Job, heldout_limit, position
+from data_prep.manifest import ShardInfo, write_manifest
+from data_prep.output import ASSEMBLED, CONFIG, READY
+from data_prep.quality import CLASSIFIER
+from data_prep.stages import Counts
+from data_prep.storage import write_atomically, written_atomically
+from data_prep.summary import SUMMARY, PrepSummary, SideSummary, SourceSummary
+from data_prep.tokenizing import HELDOUT, SIDES
+from data_prep.units import Unit, cut_into_units
+
+_SHOWN = 3
+
+
+def assemble(
+    config: CorpusConfig, files: list[list[Path]], state: str, units: list[Unit], counts: dict[str, Counts], work: Path
+) -> PrepSummary:
+    """Put all parts into one folder of the workspace, and say so; may be stopped anywhere and done again."""
+    ready, output = work / READY, Path(config.output)
+    summary = _summary(config, files, state, counts)
+    if (work / ASSEMBLED).is_file():
+        return summary
+    ready.mkdir(exist_ok=True)
+    _move(work / "tokenizer" / "files", ready / "tokenizer")
+    if "quality" in counts and (work / "quality" / CLASSIFIER).is_file():
+        (ready / "quality").mkdir(exist_ok=True)
+        _move(work / "quality" / CLASSIFIER, ready / "quality" / CLASSIFIER)
+    for side in SIDES:
+        _move(work / "tokenize" / "datasets" / side, ready / side)
+    for dataset in summary.datasets:
+        _write_manifest(config, files, counts, ready, dataset)
+    _gather_rejects(config, units, files, counts, work, ready / "rejects")
+    write_atomically(ready / CONFIG, config.dump().encode())
+    write_atomically(ready / "data.yaml", data_section(config, summary, output).encode())
+    write_atomically(ready / SUMMARY, summary.to_json())
+    write_atomically(work / ASSEMBLED, b"")
+    return summary
+
+
+def _move(there: Path, here: Path) -> None:
+    if there.exists():
+        os.replace(there, here)
+
+
+def _summary(config: CorpusConfig, files: list[list[Path]], state: str, counts: dict[str, Counts]) -> PrepSummary:
+    sides = counts["tokenize"]["sources"]
+    datasets = tuple(
+        SideSummary(name, side, len(found["shards"]), found["documents"], found["tokens"], found["bytes"])
+        for name, by_side in sides.items()
+        for side in SIDES
+        if (found := by_side[side])["documents"]
+    )
+    deciding = [stage for stage in ("read", "clean", "dedup", "quality") if stage in counts]
+    sources = tuple(
+        SourceSummary(s.name, s.weight, len(paths), {stage: counts[stage]["sources"][s.name] for stage in deciding})
+        for s, paths in zip(config.sources, files, strict=True)
+    )
+    tokenizer = counts["tokenizer"]
+    return PrepSummary(
+        Path(config.output),
+        fingerprint_of(config.makes),
+        state,
+        tokenizer["sha256"],
+        tokenizer["vocab_size"],
+        datasets,
+        sources,
+        counts.get("quality", {}).get("classifier"),
+    )
+
+
+def _write_manifest(
+    config: CorpusConfig, files: list[list[Path]], counts: dict[str, Counts], ready: Path, dataset: SideSummary
+) -> None:
+    number = next(n for n, source in enumerate(config.sources) if source.name == dataset.source)
+    shards = counts["tokenize"]["sources"][dataset.source][dataset.side]["shards"]
+    write_manifest(
+        ready / dataset.side / dataset.source,
+        name=dataset.source,
+        weight=config.sources[number].weight,
+        records=record_noun(config.sources[number]),
+        vocab_size=counts["tokenizer"]["vocab_size"],
+        eos_id=counts["tokenizer"]["eos_id"],
+        tokenizer_sha256=counts["tokenizer"]["sha256"],
+        tokenizer="../../tokenizer",
+        configuration=fingerprint_of(config.makes),
+        shards=[ShardInfo(**shard) for shard in shards],
+        sources=[str(path) for path in files[number]],
+    )
+
+
+def record_noun(source: SourceSpec) -> str:
+    """What one document is in its file."""
+    return "file" if isinstance(source, TextTree) else "line" if isinstance(source, JsonLines) else "row"
+
+
+def _gather_rejects(
+    config: CorpusConfig, units: list[Unit], files: list[list[Path]], counts: dict[str, Counts], work: Path, to: Path
+) -> None:
+    """One file a stage, in the order of documents."""
+    to.mkdir(exist_ok=True)
+    with written_atomically(to / "read.jsonl") as out:
+        for unit in _as_read(config, units, files):
+            source, paths = config.sources[unit.source], dict(unit.files)
+            for line in (work / "read" / f"{unit.name}.rejects.jsonl").read_bytes().splitlines():
+                found = json.loads(line)
+                origin = position(source, paths[found["file"]], unit.first_record + found["record"])
+                reject = {"source": source.name, "origin": origin, "rule": "unreadable", "reason": found["reason"]}
+                out.write(json.dumps(reject).encode() + b"\n")
+    for stage in (stage for stage in ("clean", "dedup", "quality") if stage in counts):
+        with written_atomically(to / f"{stage}.jsonl") as out:
+            for unit in units:
+                path = work / stage / f"{unit.name}.rejects.jsonl"
+                if path.is_file():
+                    out.write(path.read_bytes())
+
+
+def _as_read(config: CorpusConfig, units: list[Unit], files: list[list[Path]]) -> list[Unit]:
+    """The units of the first stage, before they were refined, with their first records."""
+    begins = [unit.first_record for unit in units if unit.skip == 0]
+    coarse = cut_into_units(config, files)
+    return [dataclasses.replace(unit, first_record=begin) for unit, begin in zip(coarse, begins, strict=True)]
+
+
+def data_section(config: CorpusConfig, summary: PrepSummary, output: Path) -> str:
+    """The `data` section of a run that trains on this corpus, as YAML."""
+    train = {dataset.source for dataset in summary.datasets if dataset.side != HELDOUT}
+    lines = ["data:", "  sources:"]
+    for source in config.sources:
+        if source.name in train:
+            path = json.dumps(str(output / "train" / source.name))
+            lines.append(f"    - {{name: {source.name}, path: {path}, weight: {source.weight}}}")
+    heldout = [str(output / d.side / d.source) for d in summary.datasets if d.side == HELDOUT]
+    return "\n".join([*lines, f"  heldout: {json.dumps(heldout)}"]) + "\n"
+
+
+def refuse_empty(
+    config: CorpusConfig, units: list[Unit], work: Path, deciding: tuple[str, ...], counts: dict[str, Counts]
+) -> None:
+    """
+    Raises:
+        UserError: a source has nothing to train on, or nothing at all is held out.
+    """
+    train, heldout = [0] * len(config.sources), 0
+    for unit in units:
+        job = Job(config, work, unit, deciding)
+        held = job.rows()["side"][job.left()] < heldout_limit(config)
+        heldout += int(np.count_nonzero(held))
+        train[unit.source] += int(np.count_nonzero(~held))
+    for source, number in zip(config.sources, train, strict=True):
+        if number == 0:
+            found = _story(source.name, counts)
+            remedy = f"mend, loosen or remove the source; the first rejects: {first_rejects(work, 'read', 'clean')}"
+            raise UserError(f"source {source.name!r}: no document to train on ({found})", "at least one", remedy)
+    if config.heldout_fraction > 0 and heldout == 0:
+        remedy = "raise heldout_fraction, change seed, add documents, or set heldout_fraction=0"
+        found = f"no held-out document among {sum(train)}"
+        raise UserError(found, f"some, with heldout_fraction={config.heldout_fraction}", remedy)
+
+
+def _story(name: str, counts: dict[str, Any]) -> str:
+    read, clean, dedup = (counts[stage]["sources"][name] for stage in ("read", "clean", "dedup"))
+    story = f"{read['documents']} read, {read['rejects']} unreadable, {sum(clean['rules'].values())} unclean, "
+    return story + f"{dedup['exact'] + dedup['near']} duplicates, {dedup['kept']} kept before holding out"
+
+
+def first_rejects(work: Path, *stages: str) -> str:
+    """A few rejects, to show."""
+    shown: list[str] = []
+    for stage in stages:
+        for path in sorted((work / stage).glob("*.rejects.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                shown += [line.strip()[:300] for line, _ in zip(file, range(_SHOWN))]
+            if len(shown) >= _SHOWN:
+                return "; ".join(shown[:_SHOWN])
+    return "; ".join(shown) or "none"
