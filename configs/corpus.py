@@ -61,7 +61,7 @@ class HuggingFace(Source):
 
     kind: Literal["huggingface"] = "huggingface"
     builder: str
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict)  # handed to the loader, e.g. {delimiter: ";"}
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)  # for the loader: {delimiter: ";"}
     text_field: str = "text"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
 EXIT_STOPPED = 3  # interrupted on purpose, state saved: requeue me
 
 

@@ -178,7 +178,7 @@ class TokenStream:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else None
         if self.manifest is None:
-            self._shards = [_open_foreign(prefix) for prefix in _foreign_prefixes(self.folder)]
+            self._shards = [_open_foreign(prefix) for prefix in foreign_prefixes(self.folder)]
         else:
             self._shards = [_open_own(self.folder, self.manifest, shard) for shard in self.manifest.shards]
         self._ends: Int64s = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
@@ -203,6 +203,10 @@ class TokenStream:
     def num_shards(self) -> int:
         return len(self._shards)
 
+    def shard_name(self, shard: int) -> str:
+        """The name of a shard's files, without their endings."""
+        return self._shards[shard].prefix.name
+
     def read(self, start: int, count: int) -> Int64s:
         """Tokens [start, start + count) of the stream, across shard borders: int64 [count].
 
@@ -222,7 +226,7 @@ class TokenStream:
 
     def documents(self, shard: int) -> Int64s:
         """Where the documents of one shard begin, in tokens from its start, its end last: int64 [documents + 1]."""
-        lengths, indices, _ = read_index(self._shards[shard].prefix)
+        lengths, indices, *_ = read_index(self._shards[shard].prefix)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[indices]
 
     def locate(self, start: int, count: int) -> list[Place]:
@@ -283,7 +287,7 @@ def _open_own(folder: Path, manifest: Manifest, shard: ShardInfo) -> _Shard:
     return _Shard(folder / shard.name, shard.tokens, dtype)
 
 
-def _foreign_prefixes(path: Path) -> list[Path]:
+def foreign_prefixes(path: Path) -> list[Path]:
     """The Megatron pairs that a user's path may mean: a folder of pairs, PREFIX, PREFIX.bin or PREFIX.idx."""
     remedy = "make it with `glam prep CONFIG`, or check the path"
     if path.is_dir():
@@ -302,7 +306,7 @@ def _foreign_prefixes(path: Path) -> list[Path]:
 
 
 def _open_foreign(prefix: Path) -> _Shard:
-    lengths, _, dtype = read_index(prefix)
+    lengths, _, dtype, _ = read_index(prefix)
     tokens, bin_bytes = int(lengths.sum(dtype=np.int64)), Path(f"{prefix}.bin").stat().st_size
     if tokens * dtype.itemsize != bin_bytes:
         expected = f"{tokens * dtype.itemsize} bytes, as its index says"

@@ -37,8 +37,9 @@ def index_bytes(lengths: Int64s, dtype: np.dtype[Any]) -> bytes:
     return head + b"".join(values.tobytes() for values in arrays)
 
 
-def read_index(prefix: Path) -> tuple[npt.NDArray[np.int32], Int64s, np.dtype[Any]]:
-    """Read PREFIX.idx: lengths int32 [sequences], document indices int64 [documents + 1], the token type.
+def read_index(prefix: Path) -> tuple[npt.NDArray[np.int32], Int64s, np.dtype[Any], Int64s]:
+    """Read PREFIX.idx: lengths int32 [sequences], document indices int64 [documents + 1], the token type, and where
+    each sequence begins in PREFIX.bin: bytes, int64 [sequences].
 
     Raises:
         UserError: missing, foreign, truncated or at odds with itself.
@@ -64,4 +65,5 @@ def read_index(prefix: Path) -> tuple[npt.NDArray[np.int32], Int64s, np.dtype[An
     documents = data[expected - 8 * indices : expected].view("<i8")
     if lengths.min(initial=0) < 0 or indices < 1 or documents.min() < 0 or documents.max() > sequences:
         raise UserError(f"{path}: lengths or document indices out of range", f"0 <= index <= {sequences}", remedy)
-    return lengths, documents, np.dtype(DTYPES[code])
+    pointers = data[HEADER.size + 4 * sequences : HEADER.size + 12 * sequences].view("<i8")
+    return lengths, documents, np.dtype(DTYPES[code]), pointers

@@ -27,7 +27,6 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.base import fingerprint_of
 from configs.corpus import CorpusConfig
 from configs.errors import UserError
 from data_prep import assemble, dedup, quality, reading, tokenizing
@@ -36,12 +35,13 @@ from data_prep.output import ASSEMBLED, READY, WORK, find_complete, opened, publ
 from data_prep.progress import Reporter
 from data_prep.rules import first_fault
 from data_prep.stages import Counts, Task, Workspace, add_counts, drop_changed_stages
-from data_prep.storage import remove
+from data_prep.storage import remove, sha256_file
 from data_prep.summary import PrepSummary, make_table
 from data_prep.tokenizer import open_source
 from data_prep.units import Unit, cut_into_units, list_files, refine, source_state
 from data_prep.workers import Workers, make_workers
 
+_WIDEST = 8  # columns of a table
 STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
 
 
@@ -75,8 +75,7 @@ def _prepare(config: CorpusConfig, reporter: Reporter, workers: Workers, until: 
     output = Path(config.output)
     files = [list_files(source) for source in config.sources]
     _refuse_own_output(files, output)
-    _refuse_unfit_files(config)
-    state = source_state(config, files)
+    state = source_state(files, *_files_of_others(config))
     try:
         summary = find_complete(output, config, state)
     except UserError:
@@ -113,15 +112,23 @@ def _refuse_own_output(files: list[list[Path]], output: Path) -> None:
         raise UserError(found, "sources outside of it", "choose another output=PATH")
 
 
-def _refuse_unfit_files(config: CorpusConfig) -> None:
-    """Told before hours of work, not after."""
+def _files_of_others(config: CorpusConfig) -> list[str]:
+    """Hashes of the tokenizer and the classifier brought along.
+
+    Raises:
+        UserError: one of them is unfit: told before hours of work, not after.
+    """
+    found = []
     if config.tokenizer.kind != "train_sentencepiece":
-        open_source(config.tokenizer)
+        tokenizer = open_source(config.tokenizer)
+        found += [tokenizer.sha256, tokenizer.eos_token]
     for spec in {spec for number in range(len(config.sources)) for spec in config.filters_of(number)}:
         if spec.kind == "language":
             first_fault("any", [spec])
     if config.quality is not None and config.quality.kind == "classifier_file":
         quality.Classifier(config.quality.path)
+        found.append(sha256_file(Path(config.quality.path)))
+    return found
 
 
 @dataclass
@@ -358,6 +365,9 @@ def stage_table(stage: str, counts: Counts) -> Any:
     """For the terminal: what a stage found, by source."""
     flat = {name: _flat(found) for name, found in counts["sources"].items()}
     heads = list(dict.fromkeys(key for found in flat.values() for key in found))
+    if len(heads) > _WIDEST:  # many rules: one below the other
+        rows = [[key, *(f"{found.get(key, 0):,}" for found in flat.values())] for key in heads]
+        return make_table(stage, ["", *flat], rows)
     rows = [[name, *(f"{found.get(key, 0):,}" for key in heads)] for name, found in flat.items()]
     return make_table(stage, ["source", *heads], rows)
 
@@ -370,8 +380,3 @@ def _flat(found: Counts) -> dict[str, int]:
         elif isinstance(value, int):
             flat[key] = value
     return flat
-
-
-def corpus_fingerprint(config: CorpusConfig) -> str:
-    """Names what is made, so neither where it is put nor by how many processes counts."""
-    return fingerprint_of(config.makes)

@@ -170,17 +170,19 @@ def list_files(source: SourceSpec) -> list[Path]:
     return files
 
 
-def source_state(config: CorpusConfig, files: list[list[Path]]) -> str:
-    """Twelve hex digits that change when a source file is added, removed, resized or touched."""
-    digest = hashlib.sha256()
+def source_state(files: list[list[Path]], *others: str) -> str:
+    """Twelve hex digits that change when a source file is added, removed, resized or touched.
+
+    Args:
+        files: of each source.
+        others: names of what else is read, each a hash.
+    """
+    digest = hashlib.sha256("\n".join(others).encode())
     for paths in files:
         for path in paths:
             status = path.stat()
             digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         digest.update(b"\n")
-    for spec in (config.tokenizer, config.quality):
-        if spec is not None and (path := Path(getattr(spec, "path", ""))).is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 OVERRIDES_HELP = "changes to the file, as section.key=value (YAML values), e.g. train.steps=100 model.moe=null"
 JSON_HELP = "one JSON object on standard output"
+PREP_STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
+PREP_VIEWS = ("verify", "explain", "stats", "quality")
 
 
 def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,6 +23,14 @@ def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(arguments)
+
+
+def glam_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of `glam`. Verbs of two words ("prep verify") are one to the parser."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["prep"] and given[1:2] and given[1] in PREP_VIEWS:
+        given[:2] = [" ".join(given[:2])]
+    return glam_parser().parse_args(given)
 
 
 def glam_parser() -> argparse.ArgumentParser:
@@ -43,9 +54,15 @@ def glam_parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, help="ranks where parallel.data is auto (default: the fewest that carry it)")
     plan.add_argument("--json", action="store_true", help=JSON_HELP)
 
-    configured(
-        "prep", "Make a tokenizer and token shards from raw text.", "glam prep configs/corpus_demo.yaml workers=4"
+    _prep(
+        configured(
+            "prep",
+            "Make a tokenizer and token shards from raw text; goes on from what an earlier call did. Under mpiexec or "
+            "srun --mpi=pmi2 the ranks share the work. See also: glam prep verify | explain | stats | quality.",
+            "glam prep configs/corpus_demo.yaml --workers 4",
+        )
     )
+    _prep_views(verb)
     configured(
         "train",
         "Train on this process alone (several ranks: start pretrain/main.py with a launcher).",
@@ -77,6 +94,49 @@ def glam_parser() -> argparse.ArgumentParser:
         "run", help="a run folder"
     )
     return parser
+
+
+def _prep(prep: argparse.ArgumentParser) -> None:
+    prep.add_argument("--stage", choices=PREP_STAGES, help="stop behind this stage; a later call goes on")
+    prep.add_argument("--workers", type=int, help="processes (default: the configuration's; under MPI its ranks)")
+    prep.add_argument(
+        "--redo", action="store_true", help="remake what a changed configuration or changed sources touch"
+    )
+
+
+def _prep_views(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    verify = verb(
+        "prep verify",
+        "Check every byte, index and token id of a corpus or dataset; names the shard and place that is wrong.",
+        "glam prep verify data/demo",
+    )
+    verify.add_argument("folder", help="a corpus, one of its datasets, or a pair made by Megatron")
+    verify.add_argument("--workers", type=int, default=2)
+    verify.add_argument("--json", action="store_true", help=JSON_HELP)
+    explain = verb(
+        "prep explain",
+        "The documents a training step saw: source file, position, first line.",
+        "glam prep explain runs/demo --step 120 --rank 0",
+    )
+    explain.add_argument("run", help="a run folder")
+    explain.add_argument("--step", type=int, required=True, help="counted from 1, as in the log")
+    explain.add_argument("--rank", type=int, help="only what this rank read")
+    explain.add_argument("--json", action="store_true", help=JSON_HELP)
+    stats = verb(
+        "prep stats",
+        "Tables and pictures of a corpus: lengths, tokens, bytes per token, what was left out and why.",
+        "glam prep stats data/demo",
+    )
+    stats.add_argument("folder", help="a corpus")
+    stats.add_argument("--out", help="where the PNG goes (default: stats.png beside the corpus: CORPUS.stats.png)")
+    stats.add_argument("--json", action="store_true", help=JSON_HELP)
+    quality = verb(
+        "prep quality",
+        "What a quality classifier has learned; with --text, the score of a file.",
+        "glam prep quality data/web/quality/classifier.safetensors --text page.txt",
+    )
+    quality.add_argument("classifier", help="a classifier.safetensors")
+    quality.add_argument("--text", help="a text file to score")
 
 
 def _parity(parity: argparse.ArgumentParser) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, RankFailed, UserError
-from pretrain.arguments import glam_parser
+from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, RankFailed, UserError
+from pretrain.arguments import glam_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `glam`; returns the exit code."""
-    parsed = glam_parser().parse_args(arguments)
-    from pretrain import verbs  # late: --help should not wait for torch
-
+    parsed = glam_arguments(arguments)
     try:
-        code = getattr(verbs, parsed.verb)(parsed)
+        # Late: --help should not wait for torch, and prep needs none.
+        room = importlib.import_module("pretrain.prep_verbs" if parsed.verb.startswith("prep") else "pretrain.verbs")
+        code = getattr(room, parsed.verb.replace(" ", "_"))(parsed)
         return EXIT_DONE if code is None else int(code)
     except RankFailed as error:
         return error.exit_code
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         return EXIT_DONE
+    except KeyboardInterrupt:
+        print("\nstopped from the keyboard", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -44,8 +44,12 @@ class Source:
 
     def sample(self, number: int) -> npt.NDArray[np.int64]:
         """The tokens [S + 1] of the `number`-th sample ever drawn from this source."""
+        return self.window(self.window_of(number))
+
+    def window_of(self, number: int) -> int:
+        """Which window the `number`-th sample is."""
         epoch, position = divmod(number, self.num_samples)
-        return self.window(self._order(epoch)(position))
+        return self._order(epoch)(position)
 
 
 @dataclass

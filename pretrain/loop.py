@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +82,20 @@ def announce(run: Run) -> None:
         run.say(f"resumed from {run.resumed_from} (step {run.state.step})")
         run.metrics.write("event", run.state.step, {"event": "resumed", "checkpoint": str(run.resumed_from)})
     if run.metrics:
-        run.metrics.write("event", run.state.step, {"event": "started", "seconds": run.start_seconds})
+        figures = {"event": "started", "seconds": run.start_seconds, **data_record(run)}
+        run.metrics.write("event", run.state.step, figures)
+
+
+def data_record(run: Run) -> dict[str, Any]:
+    """What `glam prep explain` needs to find a step's documents again, whatever the configuration is by then."""
+    t = run.engine.topology
+    return {
+        "cursor": dataclasses.asdict(run.sampler.cursor),
+        "data": run.config.data.model_dump(mode="json"),
+        "sequence_length": run.config.train.sequence_length,
+        "batch_tokens": run.config.train.batch_tokens,
+        "layout": {"data": t.data, "tensor": t.tensor, "pipeline": t.pipeline},
+    }
 
 
 def note_skip(run: Run, cross_entropy: float, grad_norm: float) -> None:
@@ -107,7 +122,7 @@ def log(run: Run, figures: dict[str, float], step_seconds: float) -> None:
         **{f"epoch/{name}": value for name, value in run.sampler.epochs().items()},
         **router_figures(loads, run.config),
     }
-    run.metrics.write("train", run.state.step, figures)
+    run.metrics.write("train", run.state.step, {**figures, "cursor": dataclasses.asdict(run.sampler.cursor)})
     left = (run.config.train.steps - run.state.step) * run.state.seconds / run.state.step
     worst = max((v for k, v in figures.items() if k.endswith("/max_over_mean")), default=None)
     shown = f"loss {figures['loss']:.4f}  norm {figures['grad_norm']:.2f}  lr {figures['lr']:.2e}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from pretrain.metrics import read_metrics
+from pretrain.metrics_file import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

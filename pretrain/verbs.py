@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.corpus import CorpusConfig
 from configs.errors import UserError
 from configs.run import RunConfig
 from pretrain import budget
@@ -59,12 +58,6 @@ def plan(args: Any) -> None:
         table.add_row(f"GiB per rank: {name}", f"{value / 2**30:,.2f}")
     table.add_row("GiB per rank", f"[bold]{memory.total / 2**30:,.2f}[/]")
     Console().print(table)
-
-
-def prep(args: Any) -> None:
-    from data_prep.pipeline import prepare
-
-    prepare(CorpusConfig.load(args.config, args.overrides), Console())
 
 
 def train(args: Any) -> int:

@@ -20,7 +20,7 @@ import pytest
 from configs.corpus import CorpusConfig
 from data_prep.pipeline import prepare
 from pretrain.checkpoint import complete_checkpoints
-from pretrain.metrics import read_metrics
+from pretrain.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8

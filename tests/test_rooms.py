@@ -38,6 +38,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "pydantic_core": ("configs/",),
     "yaml": ("configs/",),
     "sentencepiece": ("data_prep/",),
+    "tokenizers": ("data_prep/",),
     "datasets": ("data_prep/",),
     "mpi4py": ("data_prep/",),
     "subprocess": ("slurm/submit.py",),

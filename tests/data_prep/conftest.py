@@ -29,6 +29,7 @@ def make_config() -> MakeConfig:
             "output": str(output),
             "sources": [stdlib_source("json"), stdlib_source("email")],
             "tokenizer": {"kind": "train_sentencepiece", "vocab_size": 512, "sample_bytes": 300_000},
+            "deduplicate": {"near": None},
             "heldout_fraction": 0.2,
             "shard_tokens": 20_000,
             "workers": 1,

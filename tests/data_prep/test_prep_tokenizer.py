@@ -22,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from configs.errors import UserError
 from configs.tokenizers import HuggingFaceFile, SentencePieceFile, SentencePieceTraining
-from data_prep.sampling import BlockSample, cut_blocks
+from data_prep.sampling import cut_blocks
 from data_prep.tokenizer import Tokenizer, make_tokenizer, open_source, train_model
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -311,20 +311,3 @@ def test_blocks_are_whole_characters_and_the_whole_text(text: str, block_bytes: 
     pieces = [data[start:stop] for start, stop in cut_blocks(data, block_bytes)]
     assert b"".join(pieces) == data
     assert all(piece.decode() and len(piece) <= block_bytes for piece in pieces)
-
-
-def test_the_sample_keeps_its_budget_covers_the_corpus_and_ignores_order() -> None:
-    documents = [(bytes([n, 7]), f"{n:03d} line\n".encode() * 400) for n in range(200)]
-
-    def draw(order: list[tuple[bytes, bytes]], budget: int) -> list[str]:
-        sample = BlockSample(budget)
-        for digest, data in order:
-            sample.offer(digest, data)
-        return list(sample.lines())
-
-    lines = draw(documents, 64_000)
-    assert lines == draw(documents[::-1], 64_000)
-    assert 0.9 * 64_000 < sum(len(line) + 1 for line in lines) <= 64_000
-    origins = sorted({int(line[:3]) for line in lines if len(line) == 8})
-    assert len(origins) > 40 and origins[0] < 20 and origins[-1] > 180
-    assert len(draw(documents, 10**9)) == 200 * 400

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.data import Cursor
 from pretrain.health import LARGEST_NORM, fit_to_apply
-from pretrain.metrics import Metrics, drop_after, read_metrics
+from pretrain.metrics import Metrics
+from pretrain.metrics_file import drop_after, read_metrics
 from pretrain.report import plot_run
 from pretrain.state import TrainState
 from pretrain.stop_signals import STOP_SIGNALS, StopRequest
