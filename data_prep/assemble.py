@@ -18,7 +18,7 @@ from data_prep.manifest import ShardInfo, write_manifest
 from data_prep.output import ASSEMBLED, CONFIG, READY
 from data_prep.quality import CLASSIFIER
 from data_prep.stages import Counts
-from data_prep.storage import write_atomically, written_atomically
+from data_prep.storage import remove_temporary, write_atomically, written_atomically
 from data_prep.summary import SUMMARY, PrepSummary, SideSummary, SourceSummary
 from data_prep.tokenizing import HELDOUT, SIDES
 from data_prep.units import Unit, cut_into_units
@@ -41,6 +41,7 @@ def assemble(
         _move(work / "quality" / CLASSIFIER, ready / "quality" / CLASSIFIER)
     for side in SIDES:
         _move(work / "tokenize" / "datasets" / side, ready / side)
+    remove_temporary(ready)
     for dataset in summary.datasets:
         _write_manifest(config, files, counts, ready, dataset)
     _gather_rejects(config, units, files, counts, work, ready / "rejects")

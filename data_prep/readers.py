@@ -22,6 +22,7 @@ from data_prep.units import Unit
 
 _ROWS_A_BATCH = 256  # of a table, in memory at a time
 _SKIP_BYTES = 1 << 20
+_UNPACK_BYTES = 1 << 16  # at a time: what was unpacked in the call that meets an archive's cut is lost
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def _read_text(path: Path, number: int, max_bytes: int) -> Record:
 
 def _read_lines(source: JsonLines, unit: Unit, number: int, path: Path, max_bytes: int) -> Iterator[Record]:
     record = unit.first_record - 1
-    longest = max_bytes * 6 + 65_536  # JSON may spell a byte as \u00XX, and a record has other fields
+    # JSON's \uXXXX take three times the bytes of what they spell, control characters aside; and there are other fields.
+    longest = max_bytes * 3 + 65_536
     try:
         with open_stream(path) as file:
             lines = islice(_lines(file, unit, longest), unit.skip, None)
             for record, line in enumerate(lines, start=unit.first_record):
                 if isinstance(line, int):
-                    yield _too_long(number, record, line, longest)
+                    yield _too_long(number, record, line, max_bytes)
                 elif line.isspace():
                     yield Blank(number, record)
                 else:
@@ -148,7 +150,7 @@ def open_stream(path: Path) -> BinaryIO:
         import pyarrow  # late: half a second that plain files need not pay
 
         # The zstandard package takes a truncated file for a whole one; Arrow does not.
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _SKIP_BYTES))
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _UNPACK_BYTES))
     return path.open("rb", buffering=_SKIP_BYTES)
 
 
@@ -172,22 +174,35 @@ def _read_parquet(source: Parquet, unit: Unit, number: int, path: Path) -> Itera
     import pyarrow
     import pyarrow.parquet
 
-    record, field = unit.first_record, source.text_field
+    record, skip = unit.first_record, unit.skip
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            if field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                yield Reject(number, record, f"field {field!r} is missing; the columns are {columns}")
-                return
-            groups = list(range(unit.start, unit.stop if unit.stop is not None else file.num_row_groups))
-            skip = unit.skip
-            for batch in file.iter_batches(_ROWS_A_BATCH, row_groups=groups, columns=[field]):
-                for cell in batch.column(0)[skip:]:
-                    yield _cell(cell, field, number, record)
-                    record += 1
-                skip = max(0, skip - batch.num_rows)
+            for group in range(unit.start, unit.stop if unit.stop is not None else file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows - skip
+                if rows > 0:
+                    yield from _read_row_group(file, group, skip, source.text_field, number, record)
+                    record += rows
+                skip = max(0, -rows)
     except (OSError, pyarrow.ArrowException) as error:
         yield Reject(number, record, f"the file cannot be read further: {_one_line(error)}")
+
+
+def _read_row_group(file: Any, group: int, skip: int, field: str, number: int, record: int) -> Iterator[Record]:
+    """As many records as it has rows behind the first `skip`, whatever is wrong with it: those of others keep their
+    numbers."""
+    import pyarrow
+
+    end, names = record + file.metadata.row_group(group).num_rows - skip, file.schema_arrow.names
+    fault = "" if field in names else f"field {field!r} is missing; the columns are {', '.join(names)[:300]}"
+    try:
+        for batch in file.iter_batches(_ROWS_A_BATCH, row_groups=[group], columns=[field]) if not fault else ():
+            for cell in batch.column(0)[skip:]:
+                yield _cell(cell, field, number, record)
+                record += 1
+            skip = max(0, skip - batch.num_rows)
+    except (OSError, pyarrow.ArrowException) as error:
+        fault = f"row group {group} cannot be read further: {_one_line(error)}"
+    yield from (Reject(number, lost, fault) for lost in range(record, end))
 
 
 def _cell(cell: Any, field: str, number: int, record: int) -> Record:
@@ -218,6 +233,7 @@ def hugging_face_rows(source: HuggingFace, path: Path, unit: Unit) -> Iterator[d
     import datasets  # late: seconds that other sources need not pay
 
     datasets.disable_progress_bars()
+    datasets.config.HF_HUB_OFFLINE = True  # else each file is counted on a server, with seconds of waiting for it
     if source.builder == "disk":
         rows = datasets.load_from_disk(str(path))
         yield from rows.select(range(unit.start, len(rows) if unit.stop is None else unit.stop))

@@ -107,7 +107,7 @@ class View:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._levels: list[Level] = []
+        self._reached: tuple[int, Level | None] = 0, None  # how many words its n-grams have
 
     @cached_property
     def words(self) -> list[str]:
@@ -140,18 +140,18 @@ class View:
         An n-gram can only repeat where the two shorter ones that it is made of do. So few places are left after the
         first levels, except in text that does repeat. Exact: no hashes.
         """
-        while len(self._levels) < size:
-            if not self._levels:
-                numbers = {word: number for number, word in enumerate(dict.fromkeys(self.words))}
-                codes = np.fromiter(map(numbers.__getitem__, self.words), dtype=np.int64, count=len(self.words))
-                starts = np.arange(len(codes), dtype=np.int64)
-            else:
-                starts, groups, _ = self._levels[-1]
-                pairs = np.flatnonzero(starts[1:] - starts[:-1] == 1)
-                codes = groups[pairs] * (len(groups) + 1) + groups[pairs + 1]
-                starts = starts[pairs]
-            self._levels.append(_repeated(starts, codes))
-        return self._levels[size - 1]
+        reached, level = self._reached
+        if level is None or reached > size:  # only the last level is held: each may be as large as all the words
+            numbers = {word: number for number, word in enumerate(dict.fromkeys(self.words))}
+            codes = np.fromiter(map(numbers.__getitem__, self.words), dtype=np.int64, count=len(self.words))
+            reached, level = 1, _repeated(np.arange(len(codes), dtype=np.int64), codes)
+        while reached < size:
+            starts, groups, _ = level
+            pairs = np.flatnonzero(np.diff(starts) == 1)
+            codes = groups[pairs] * (len(groups) + 1) + groups[pairs + 1]
+            reached, level = reached + 1, _repeated(starts[pairs], codes)
+        self._reached = reached, level
+        return level
 
     def covered_chars(self, starts: Integers, size: int) -> int:
         """Characters of words in n-grams of ``size`` words that begin at ``starts`` (ascending), each counted once."""
@@ -214,8 +214,8 @@ def ellipsis_lines(view: View, _: FilterSpec) -> Measured:
 
 
 def alphabetic_words(view: View, _: FilterSpec) -> Measured:
-    mixed = [word for word in view.words if not word.isalpha()]
-    lacking = sum(not any(map(str.isalpha, word)) for word in mixed)
+    unclear = [word for word in view.words if not word[0].isalpha()]
+    lacking = sum(not any(map(str.isalpha, word)) for word in unclear)
     return _fraction(len(view.words) - lacking, len(view.words), "of words")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from configs.base import differences
 from configs.errors import UserError
 from data_prep.progress import Reporter
-from data_prep.storage import TEMPORARY, remove, write_atomically
+from data_prep.storage import remove, remove_temporary, write_atomically
 from data_prep.workers import Workers
 
 Counts = dict[str, Any]  # plain JSON values
@@ -72,8 +72,7 @@ class Workspace:
                 folder.mkdir()
         if not path.is_file():
             write_atomically(path, _json(self.key))
-        for left in folder.glob(f"*{TEMPORARY}"):  # by a run that was killed
-            left.unlink(missing_ok=True)
+        remove_temporary(folder)
         return folder
 
     def finished(self, name: str) -> Counts | None:

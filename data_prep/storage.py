@@ -61,6 +61,12 @@ def save_array(path: Path, values: npt.NDArray[Any]) -> None:
         np.save(file, values, allow_pickle=False)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed run was writing, here and in all folders below."""
+    for left in folder.rglob(f"*{TEMPORARY}"):
+        left.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():

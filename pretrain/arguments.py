@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 OVERRIDES_HELP = "changes to the file, as section.key=value (YAML values), e.g. train.steps=100 model.moe=null"
 JSON_HELP = "one JSON object on standard output"
 PREP_STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
+MakeVerb = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, example
 PREP_VIEWS = ("verify", "explain", "stats", "quality")
 
 
@@ -76,6 +77,11 @@ def glam_parser() -> argparse.ArgumentParser:
             "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
         )
     )
+    _run_views(verb)
+    return parser
+
+
+def _run_views(verb: MakeVerb) -> None:
     evaluate = verb(
         "eval",
         "Held-out loss and bits per byte of a run's newest checkpoint, beside an order-0 baseline.",
@@ -93,7 +99,6 @@ def glam_parser() -> argparse.ArgumentParser:
     verb("report", "Draw a run's curves into RUN/loss.png.", "glam report runs/demo").add_argument(
         "run", help="a run folder"
     )
-    return parser
 
 
 def _prep(prep: argparse.ArgumentParser) -> None:
@@ -104,7 +109,7 @@ def _prep(prep: argparse.ArgumentParser) -> None:
     )
 
 
-def _prep_views(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+def _prep_views(verb: MakeVerb) -> None:
     verify = verb(
         "prep verify",
         "Check every byte, index and token id of a corpus or dataset; names the shard and place that is wrong.",

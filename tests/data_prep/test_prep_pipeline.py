@@ -1,8 +1,7 @@
-"""The whole preparation: nothing lost, nothing half-made, the same files however it is run."""
+"""The whole preparation: nothing lost, the same files however it is run, what is in the way is refused."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -15,17 +14,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from configs.corpus import CorpusConfig, TextTree
+from configs.data import DataConfig
 from configs.errors import UserError
-from data_prep import pipeline
-from data_prep.format import TokenStream, verify
+from data_prep import pipeline, tokenizing
+from data_prep.format import TokenStream
 from data_prep.pipeline import prepare
-from data_prep.readers import Document, read_documents
+from data_prep.readers import Document, read_unit
 from data_prep.storage import only_writer
 from data_prep.summary import PrepSummary
-from data_prep.tokenizer import Tokenizer, make_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.units import cut_into_units, list_files
+from data_prep.verify import verify
+from tests.data_prep.mixed import tree_hashes
 
 MakeConfig = Callable[..., CorpusConfig]
 JSON_AND_EMAIL = [TextTree(name=n, path="{stdlib}/" + n, pattern="**/*.py") for n in ("json", "email")]
@@ -43,9 +47,10 @@ def documents_in(output: Path, side: str, source: str) -> list[str]:
     return texts
 
 
-def hashes(output: Path) -> dict[str, str]:
-    files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "corpus.yaml")
-    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def texts_of(source: TextTree) -> list[str]:
+    config = CorpusConfig(output="unused", sources=(source,))
+    (unit,) = cut_into_units(config, [list_files(source)])
+    return [record.text for record in read_unit(source, unit, 10**6) if isinstance(record, Document)]
 
 
 def with_rooms() -> dict[str, str]:
@@ -60,7 +65,7 @@ def write_lines(path: Path, texts: list[str]) -> dict[str, Any]:
 
 def test_every_document_is_on_one_side_once(corpus: PrepSummary) -> None:
     for source in JSON_AND_EMAIL:
-        texts = [record.text for record in read_documents(source) if isinstance(record, Document)]
+        texts = texts_of(source)
         train, heldout = (documents_in(corpus.output, side, source.name) for side in ("train", "heldout"))
         assert sorted(train + heldout) == sorted(set(texts))
         if source.name == "email":  # many enough that the shuffle moves some
@@ -86,11 +91,12 @@ def test_counts_agree_with_the_files(corpus: PrepSummary) -> None:
 
 def test_two_workers_make_the_same_files_as_one(corpus: PrepSummary, tmp_path: Path, make_config: MakeConfig) -> None:
     again = prepare(make_config(tmp_path / "out", workers=2))
-    assert hashes(again.output) == hashes(corpus.output)
+    assert again is not None and tree_hashes(again.output) == tree_hashes(corpus.output)
 
 
 def test_seeds_change_the_split(corpus: PrepSummary, tmp_path: Path, make_config: MakeConfig) -> None:
     other = prepare(make_config(tmp_path / "out", seed=1))
+    assert other is not None
     sides = [set(documents_in(output, "train", "email")) for output in (corpus.output, other.output)]
     assert sides[0] != sides[1]
 
@@ -99,7 +105,8 @@ def test_a_second_run_says_so_and_writes_nothing(corpus: PrepSummary, make_confi
     before = {path: path.stat().st_mtime_ns for path in corpus.output.rglob("*")}
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     again = prepare(make_config(corpus.output, workers=2), console)
-    assert again.already_prepared and again.datasets == corpus.datasets and not corpus.already_prepared
+    assert again is not None and again.already_prepared and not corpus.already_prepared
+    assert again.datasets == corpus.datasets
     assert "already prepared" in (text := console.export_text()) and "email" in text
     assert before == {path: path.stat().st_mtime_ns for path in corpus.output.rglob("*")}
 
@@ -110,18 +117,21 @@ def test_another_configuration_or_changed_sources_are_refused(tmp_path: Path, ma
     tokenizer = {"kind": "train_sentencepiece", "vocab_size": 290}
     config = make_config(output, sources=[source], tokenizer=tokenizer)
     prepare(config)
-    before = hashes(output)
-    with pytest.raises(UserError, match=r"(?s)configuration .*remedy: +choose another output=PATH, or delete"):
-        prepare(make_config(output, sources=[source], tokenizer=tokenizer, seed=5))
+    before = tree_hashes(output)
+    changed = make_config(output, sources=[{**source, "weight": 2}], tokenizer=tokenizer, seed=5)
+    with pytest.raises(UserError, match=r"(?s)seed: 0 there, 5 here.*sources\.lines\.weight: 1\.0 there, 2\.0 here"):
+        prepare(changed)
     write_lines(tmp_path / "x.jsonl", texts[1:])
-    with pytest.raises(UserError, match="changed since"):
+    with pytest.raises(UserError, match=r"source files: '[0-9a-f]+' there"):
         prepare(config)
-    assert hashes(output) == before
+    assert tree_hashes(output) == before
+    redone = prepare(changed, redo=True)
+    assert redone is not None and not redone.already_prepared and redone.total("train", "documents") < 60
     write_lines(tmp_path / "x.jsonl", texts)
     os.utime(tmp_path / "x.jsonl", ns=(0, 0))
     (output / "summary.json").unlink()  # as if interrupted before the end
-    assert not prepare(config).already_prepared
-    after = hashes(output)
+    assert prepare(config) is not None
+    after = tree_hashes(output)
     assert {k: v for k, v in after.items() if k != "summary.json"} == {
         k: v for k, v in before.items() if k != "summary.json"
     }
@@ -129,6 +139,30 @@ def test_another_configuration_or_changed_sources_are_refused(tmp_path: Path, ma
     victim.write_bytes(victim.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"shard-00000\.bin"):
         prepare(config)
+
+
+def test_a_finished_stage_is_not_remade_unasked(tmp_path: Path, make_config: MakeConfig) -> None:
+    texts = [f"document {n}: " + "spam and eggs " * 40 for n in range(60)]
+    lines = write_lines(tmp_path / "x.jsonl", texts)
+    good = {"kind": "train_sentencepiece", "vocab_size": 290}
+
+    def config(vocab_size: int = 290, seed: int = 0, shard_tokens: int = 20_000) -> CorpusConfig:
+        tokenizer = {**good, "vocab_size": vocab_size}
+        changes = {"seed": seed, "shard_tokens": shard_tokens}
+        return make_config(tmp_path / "out", sources=[lines], tokenizer=tokenizer, **changes)
+
+    with pytest.raises(UserError, match="does not fit"):
+        prepare(config(vocab_size=5000))
+    assert prepare(config(), until="tokenizer") is None, "a stage that failed is mended without a word"
+    with pytest.raises(UserError, match=r"(?s)clean was made from something else.*clean\.seed: 0 there, 1 here"):
+        prepare(config(seed=1))
+    with pytest.raises(UserError, match=r"tokenizer\.tokenizer\.vocab_size: 290 there, 300 here"):
+        prepare(config(vocab_size=300))
+    stamps = {stage: (tmp_path / "out/work" / stage / "stage.json").stat().st_mtime_ns for stage in ("clean", "dedup")}
+    prepare(config(vocab_size=300), until="tokenizer", redo=True)
+    assert stamps == {s: (tmp_path / "out/work" / s / "stage.json").stat().st_mtime_ns for s in stamps}
+    summary = prepare(config(vocab_size=300))
+    assert summary is not None and summary.vocab_size == 300
 
 
 def test_duplicates_and_rejects_are_counted_and_kept(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -140,36 +174,43 @@ def test_duplicates_and_rejects_are_counted_and_kept(tmp_path: Path, make_config
     tokenizer = {"kind": "train_sentencepiece", "vocab_size": 290}
     summary = prepare(make_config(tmp_path / "out", sources=[first, second], tokenizer=tokenizer, seed=3))
     assert [(row.duplicates, row.rejects) for row in summary.sources] == [(7, 2), (1, 0)]
+    assert summary is not None
     sides = [documents_in(summary.output, side, "lines") for side in ("train", "heldout")]
     assert sorted(sides[0] + sides[1]) == sorted(texts)
-    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects/read.jsonl").read_text().splitlines()]
     assert [reject["origin"] for reject in rejects] == [f"{path}:58", f"{path}:59"]
     assert all(reject["source"] == "lines" and reject["reason"] for reject in rejects)
+    doubles = [json.loads(line) for line in (tmp_path / "out/rejects/dedup.jsonl").read_text().splitlines()]
+    assert [d["reason"] for d in doubles[:7]] == [f"like {path}:{n}" for n in range(1, 8)]
+    assert (doubles[7]["source"], doubles[7]["reason"]) == ("second", f"like {path}:4")
 
 
-def failing(tmp_path: Path, make_config: MakeConfig) -> dict[str, CorpusConfig]:
-    """Configurations that must be refused, by a word of the message."""
+def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, make_config: MakeConfig) -> None:
+    lines, output = write_lines(tmp_path / "x.jsonl", ["only one document " * 100]), tmp_path / "deep" / "out"
+    for message, config in {
+        "no file matches": make_config(output, sources=[{**lines, "path": "nowhere.jsonl"}]),
+        "no such file": make_config(output, tokenizer={"kind": "sentencepiece_file", "path": "nowhere.model"}),
+        "lies in the output": make_config(tmp_path, sources=[lines]),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            prepare(config)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl"], "nothing is left behind"
+    with pytest.raises(UserError, match="two sources are named 'lines'"):
+        make_config(output, sources=[lines, lines])
+
+
+def test_nothing_to_train_on_or_to_measure_on_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
     unreadable = {"kind": "text_tree", "name": "bad", "path": str(tmp_path / "bad")}
     lines = write_lines(tmp_path / "x.jsonl", ["only one document " * 100])
-    output = tmp_path / "deep" / "out"
-    return {
-        "no document to train on": make_config(output, sources=[unreadable]),
-        "no held-out document": make_config(output, sources=[lines], heldout_fraction=1e-9),
-        "does not fit": make_config(output, sources=[lines], heldout_fraction=0),
-        "no file matches": make_config(output, sources=[{**lines, "path": "nowhere.jsonl"}]),
-        "two sources are named": make_config(output, sources=[lines, lines]),
-        "no such file": make_config(output, tokenizer={"kind": "sentencepiece_file", "path": "nowhere.model"}),
-        "lies in the output": make_config(tmp_path, sources=[lines]),
-    }
-
-
-def test_refusals_leave_nothing_behind(tmp_path: Path, make_config: MakeConfig) -> None:
-    for message, config in failing(tmp_path, make_config).items():
-        with pytest.raises(UserError, match=message):
-            prepare(config)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "x.jsonl"]
+    with pytest.raises(UserError, match=r"no document to train on \(0 read, 1 unreadable.*") as met:
+        prepare(make_config(tmp_path / "1", sources=[unreadable]))
+    assert "not UTF-8" in met.value.remedy
+    with pytest.raises(UserError, match="no held-out document"):
+        prepare(make_config(tmp_path / "2", sources=[lines], heldout_fraction=1e-9))
+    with pytest.raises(UserError, match="does not fit"):
+        prepare(make_config(tmp_path / "3", sources=[lines], heldout_fraction=0))
 
 
 def test_a_folder_of_the_users_is_never_cleared(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -182,76 +223,70 @@ def test_a_folder_of_the_users_is_never_cleared(tmp_path: Path, make_config: Mak
         prepare(make_config(tmp_path / "thesis.tex"))
 
 
-def test_what_an_interrupted_run_left_is_cleared(corpus: PrepSummary, tmp_path: Path, make_config: MakeConfig) -> None:
-    for left in (".partial/spool/x", "train/email/shard-00000.bin", "tokenizer/tokenizer.model"):
-        (tmp_path / "out" / left).parent.mkdir(parents=True)
-        (tmp_path / "out" / left).write_text("half")
-    assert hashes(prepare(make_config(tmp_path / "out")).output) == hashes(corpus.output)
-
-
 def test_one_writer_at_a_time(tmp_path: Path, make_config: MakeConfig) -> None:
     with only_writer(tmp_path), pytest.raises(UserError, match="being written by another process"):
         prepare(make_config(tmp_path))
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, make_config: MakeConfig) -> None:
     texts = [f"document {n}: " + "spam and eggs " * 40 for n in range(60)]
-    source = write_lines(tmp_path / "x.jsonl", texts)
-
-    def change_then_train(*args: Any) -> Tokenizer:
-        write_lines(tmp_path / "x.jsonl", [*texts[:30], "new", *texts[31:]])
-        return make_tokenizer(*args)
-
-    monkeypatch.setattr(pipeline, "make_tokenizer", change_then_train)
+    path, stamp = tmp_path / "x.jsonl", (10**18, 10**18)
     tokenizer = {"kind": "train_sentencepiece", "vocab_size": 290}
+    config = make_config(tmp_path / "out", sources=[write_lines(path, texts)], tokenizer=tokenizer, workers=2)
+    os.utime(path, ns=stamp)
+    prepare(config, until="tokenizer")
+    write_lines(path, [*texts[:30], texts[30].replace("spam", "bacn", 1), *texts[31:]])
+    os.utime(path, ns=stamp)  # neither size nor time tell
     with pytest.raises(UserError, match="changed while it was read"):
-        prepare(make_config(tmp_path / "out", sources=[source], tokenizer=tokenizer, workers=2))
-    assert not (tmp_path / "out").exists()
+        prepare(config)
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from data_prep.encode import encode_batches
-def batches():
-    for _ in range(8):
-        yield ["some text"]
-    os.kill(os.getpid(), signal.SIGKILL)
+import os, signal, sys, time
+from data_prep.workers import make_workers
+def calls():
+    return [(time.sleep, (0.01,)) for _ in range(8)]
 if __name__ == "__main__":
-    list(encode_batches(Path(sys.argv[1]), batches(), workers=2))
+    with make_workers(2, mpi=False) as workers:
+        for number, _ in workers.run(calls()):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_end_with_a_killed_parent(corpus: PrepSummary, tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "run.py"), str(corpus.output / "tokenizer")]
+    command = [sys.executable, str(tmp_path / "run.py")]
     # The workers hold the pipe of standard error: it ends, and `run` returns, when the last of them has gone.
     done = subprocess.run(command, stderr=subprocess.PIPE, env=with_rooms(), check=False, timeout=30)
     assert done.returncode == -signal.SIGKILL
 
 
-FULL_DISK = """
-import resource, sys
-from configs.corpus import CorpusConfig
-from configs.errors import UserError
-from data_prep.pipeline import prepare
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-    try:
-        prepare(CorpusConfig.load(sys.argv[1]))
-    except UserError as error:
-        sys.exit(f"refused {error}")
-"""
+def test_the_tokenizer_never_sees_held_out_text(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(tmp_path / "out", heldout_fraction=0.5)
+    prepare(config, until="tokenizer")
+    sample = "".join(path.read_text() for path in sorted((tmp_path / "out/work/tokenizer").glob("*.sample.txt")))
+    summary = prepare(config)
+    assert summary is not None and summary.total("heldout", "documents") > 5
+    for source in ("json", "email"):
+        for text in documents_in(summary.output, tokenizing.HELDOUT, source):
+            own = [line for line in text.split("\n") if len(line) > 60]
+            assert not own or sum(line in sample for line in own) / len(own) < 0.5
 
 
-@pytest.mark.parametrize("limit_bytes", [100, 12_000, 60_000])  # hit by the rejects or the model, a spool, ...
-def test_a_full_disk_is_told_and_cleaned_up(tmp_path: Path, make_config: MakeConfig, limit_bytes: int) -> None:
-    (tmp_path / "config.yaml").write_text(make_config(tmp_path / "out").dump())
-    (tmp_path / "run.py").write_text(FULL_DISK)
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.yaml"), str(limit_bytes)]
-    done = subprocess.run(command, capture_output=True, text=True, env=with_rooms(), check=False)
-    assert done.returncode == 1 and "refused found:" in done.stderr and "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_the_tokenizers_sample_follows_the_weights(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Not the sources' sizes: json is a sixth of email."""
+    tree = make_config(tmp_path / "out").model_dump(mode="json")
+    sources = [{**source, "weight": weight} for source, weight in zip(tree["sources"], (3, 1))]
+    tokenizer = {"kind": "train_sentencepiece", "vocab_size": 400, "sample_bytes": 40_000}
+    prepare(make_config(tmp_path / "out", sources=sources, tokenizer=tokenizer, unit_bytes=10**9), until="tokenizer")
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out/work/tokenizer").glob("*.sample.txt"))]
+    # About 64 blocks are drawn: the share of one source strays by some 0.06.
+    assert len(sizes) == 2 and 0.5 < sizes[0] / sum(sizes) < 0.95
+    assert 20_000 < sum(sizes) < 60_000
+
+
+def test_the_data_section_is_ready_to_train_on(corpus: PrepSummary) -> None:
+    data = DataConfig.check(yaml.safe_load((corpus.output / "data.yaml").read_text())["data"], "data.yaml")
+    assert [source.name for source in data.sources] == ["json", "email"]
+    assert all(TokenStream(path).num_tokens for path in (*(s.path for s in data.sources), *data.heldout))
