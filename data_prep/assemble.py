@@ -163,13 +163,20 @@ def refuse_empty(
         train[unit.source] += int(np.count_nonzero(~held))
     for source, number in zip(config.sources, train, strict=True):
         if number == 0:
-            found = _story(source.name, counts)
-            remedy = f"mend, loosen or remove the source; the first rejects: {first_rejects(work, 'read', 'clean')}"
-            raise UserError(f"source {source.name!r}: no document to train on ({found})", "at least one", remedy)
+            refuse_source(work, source.name, _story(source.name, counts))
     if config.heldout_fraction > 0 and heldout == 0:
         remedy = "raise heldout_fraction, change seed, add documents, or set heldout_fraction=0"
         found = f"no held-out document among {sum(train)}"
         raise UserError(found, f"some, with heldout_fraction={config.heldout_fraction}", remedy)
+
+
+def refuse_source(work: Path, name: str, found: str) -> None:
+    """
+    Raises:
+        UserError: always; shows some of what was left out.
+    """
+    remedy = f"mend, loosen or remove the source; the first rejects: {first_rejects(work, 'read', 'clean')}"
+    raise UserError(f"source {name!r}: no document to train on ({found})", "at least one", remedy)
 
 
 def _story(name: str, counts: dict[str, Any]) -> str:

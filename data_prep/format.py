@@ -226,8 +226,13 @@ class TokenStream:
 
     def documents(self, shard: int) -> Int64s:
         """Where the documents of one shard begin, in tokens from its start, its end last: int64 [documents + 1]."""
-        lengths, indices, *_ = read_index(self._shards[shard].prefix)
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[indices]
+        prefix, tokens = self._shards[shard].prefix, self._shards[shard].tokens
+        lengths, indices, *_ = read_index(prefix)
+        bounds: Int64s = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[indices]
+        if bounds[0] != 0 or bounds[-1] != tokens or np.any(np.diff(bounds) < 0):
+            expected = f"documents that take up 0..{tokens} tokens in order"
+            raise UserError(f"{prefix}.idx: documents from {bounds[0]} to {bounds[-1]}", expected, PREP_AGAIN)
+        return bounds
 
     def locate(self, start: int, count: int) -> list[Place]:
         """The documents in tokens [start, start + count) of the stream, in order."""
@@ -239,7 +244,8 @@ class TokenStream:
             document = int(np.searchsorted(bounds, at, side="right")) - 1
             while at < stop and document + 1 < len(bounds):
                 begin, end = int(bounds[document]), int(bounds[document + 1])
-                places.append(Place(shard, document, begin, at - begin, min(stop, end) - at))
+                if at < end:  # Megatron's may be empty
+                    places.append(Place(shard, document, begin, at - begin, min(stop, end) - at))
                 at, document = min(stop, end), document + 1
         return places
 

@@ -60,6 +60,7 @@ class Manifest:
         tokenizer: path of the tokenizer's folder, relative to the dataset's.
         configuration: fingerprint of the corpus.yaml that made it.
         sources_sha256: of sources.json, the list of source files.
+        sha256: of all else that stands here.
     """
 
     format: int
@@ -77,6 +78,11 @@ class Manifest:
     documents: int
     tokens: int
     text_bytes: int
+    sha256: str = ""
+
+    def own_sha256(self) -> str:
+        """What `sha256` has to be."""
+        return hashlib.sha256(json_bytes({**dataclasses.asdict(self), "sha256": ""})).hexdigest()
 
 
 def write_manifest(
@@ -117,6 +123,7 @@ def write_manifest(
         tokens=sum(shard.tokens for shard in shards),
         text_bytes=sum(shard.text_bytes for shard in shards),
     )
+    manifest = dataclasses.replace(manifest, sha256=manifest.own_sha256())
     write_atomically(Path(folder) / MANIFEST, json_bytes(dataclasses.asdict(manifest)))
     return manifest
 
@@ -138,6 +145,8 @@ def read_manifest(folder: Path | str) -> Manifest:
             raise ValueError(f"dtype {manifest.dtype} does not go with a vocabulary of {manifest.vocab_size}")
         if manifest.tokens != sum(shard.tokens for shard in shards):
             raise ValueError(f"{manifest.tokens} tokens in all, {sum(shard.tokens for shard in shards)} in the shards")
+        if manifest.sha256 != manifest.own_sha256():
+            raise ValueError(f"sha256 {manifest.own_sha256()}, it says {manifest.sha256}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found = f"{path}: {type(error).__name__}: {error}"
         raise UserError(found, "a manifest written by `glam prep`", PREP_AGAIN) from None

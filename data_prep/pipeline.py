@@ -317,6 +317,8 @@ class _Making:
         most = self.config.max_reject_fraction
         for name, found in counts["sources"].items():
             records = found["documents"] + found["rejects"]
+            if found["documents"] == 0:  # told now, not after the other stages
+                assemble.refuse_source(self.space.folder, name, f"0 of {records:,} records are documents")
             if found["rejects"] > most * records:
                 raise UserError(
                     f"source {name!r}: {found['rejects']:,} of {records:,} records cannot be read; "

@@ -145,12 +145,17 @@ class Classifier:
         remedy = "name a classifier.safetensors made by `glam prep`"
         try:
             with safe_open(str(path), "numpy") as file:
-                self.facts = json.loads((file.metadata() or {}).get("classifier", "{}"))
+                self.facts = dict(json.loads((file.metadata() or {}).get("classifier", "{}")))
                 if self.facts.get("format") != FORMAT:
                     raise UserError(f"{path} is of format {self.facts.get('format')}", FORMAT, remedy)
-                self.weight, self.bias = file.get_tensor("weight"), float(file.get_tensor("bias")[0])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+                self.weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            if self.weight.ndim != 1 or not self.weight.size or bias.shape != (1,):
+                raise ValueError(f"weight of shape {self.weight.shape} and bias of shape {bias.shape}")
+            if not (np.isfinite(self.weight).all() and np.isfinite(bias).all()):
+                raise ValueError("a weight is not finite")
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {error}", "a quality classifier", remedy) from None
+        self.bias = float(bias[0])
         self._vectorizer = _vectorizer(len(self.weight))
 
     def scores(self, texts: list[str]) -> npt.NDArray[np.float64]:
@@ -160,8 +165,8 @@ class Classifier:
 
 
 def pareto_threshold(key: int, alpha: float) -> float:
-    """1 - a Pareto (Lomax) draw made of a document's own hash: scores above it stay."""
-    uniform = (xxhash.xxh3_64_intdigest(key.to_bytes(8, "little"), seed=2) + 0.5) / 2**64
+    """1 - a Pareto (Lomax) draw made of a document's own hash: scores from it on stay."""
+    uniform = (xxhash.xxh3_64_intdigest(key.to_bytes(8, "little"), seed=2) >> 11) / 2**53  # never 1
     return 1 - float((1 - uniform) ** (-1 / alpha) - 1)
 
 
@@ -178,7 +183,7 @@ def score_task(job: Job, classifier: Path, alpha: float) -> Counts:
             for number, score in zip(numbers, found.tolist()):
                 row = rows[number]
                 scores[number] = score
-                if score > pareto_threshold(int(row["order"]), alpha):
+                if score >= pareto_threshold(int(row["order"]), alpha):
                     kept, kept_bytes, low = kept + 1, kept_bytes + int(row["bytes"]), low + (score < 0.5)
                     continue
                 fates[number] = DROPPED

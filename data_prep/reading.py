@@ -17,7 +17,7 @@ from data_prep.rules import first_fault, rule_names
 from data_prep.stages import Counts
 from data_prep.storage import save_array, written_atomically
 
-EMPTY = "empty_after_cleaning"  # a rule of its own: nothing but control characters
+EMPTY = "empty_after_cleaning"  # a rule of its own: nothing but white space and control characters
 _EXCERPT_CHARACTERS = 160
 _UNIT_TEXTS = 2  # a unit with more text than so many times unit_bytes is cut: an archive holds more than it weighs
 
@@ -61,8 +61,9 @@ def clean_task(job: Job) -> Counts:
             changed += text is not record.text and text != record.text
             data = text.encode("utf-8")
             rows.append((*digest(data, job.config.seed), record.file, record.record, len(data)))
-            fault = first_fault(text, filters) if text else None
-            rule = fault.rule if fault else None if text else EMPTY
+            nothing = not text or text.isspace()
+            fault = None if nothing else first_fault(text, filters)
+            rule = EMPTY if nothing else fault.rule if fault else None
             if rule is None:
                 fates.append(KEPT)
                 kept_bytes += len(data)

@@ -14,7 +14,7 @@ from rich.table import Table
 from data_prep.format import TokenStream
 from data_prep.summary import PrepSummary, SideSummary, SourceSummary, make_table
 
-_LENGTH_EDGES = 2.0 ** np.arange(0, 25)  # tokens of a document, by octaves
+_LENGTH_EDGES = 2.0 ** np.arange(0, 32)  # tokens of a document, by octaves, up to the longest the format holds
 
 
 @dataclass(frozen=True)

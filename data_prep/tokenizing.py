@@ -104,8 +104,12 @@ def encode_task(job: Job, folder: Path) -> Counts:
     return counts
 
 
-@lru_cache(maxsize=1)  # once a worker process
 def _tokenizer(folder: Path) -> Tokenizer:
+    return _opened(folder, folder.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # once a worker process, unless it was made anew
+def _opened(folder: Path, _made: int) -> Tokenizer:
     return Tokenizer(folder)
 
 

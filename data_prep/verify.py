@@ -5,6 +5,7 @@ All faults are found, not only the first, and each is told with the shard and th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,6 +33,8 @@ from data_prep.manifest import (
 from data_prep.megatron_index import read_index
 from data_prep.progress import Reporter
 from data_prep.storage import sha256_file
+from data_prep.summary import SUMMARY, PrepSummary, SideSummary
+from data_prep.tokenizer import TOKEN_BYTES_FILE, Tokenizer, find_file
 from data_prep.tokenizer_files import HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 from data_prep.workers import Workers
 
@@ -49,15 +52,18 @@ class Damage:
 
 
 def find_datasets(folder: Path) -> list[Path]:
-    """The datasets a path means: itself, or those of a whole corpus.
+    """The datasets a path means: itself, or those of a whole corpus, also where they lack a manifest or all.
 
     Raises:
         UserError: there are none.
     """
     if (folder / MANIFEST).is_file():
         return [folder]
-    if found := sorted(path.parent for path in folder.glob(f"*/*/{MANIFEST}")):
-        return found
+    found = {path.parent for name in (MANIFEST, "shard-*.json") for path in folder.glob(f"*/*/{name}")}
+    with contextlib.suppress(UserError):  # told by verify_all
+        found |= {folder / row.side / row.source for row in _summary(folder)}
+    if found:
+        return sorted(found)
     foreign_prefixes(folder)  # raises, unless pairs made by Megatron are there
     return [folder]
 
@@ -71,8 +77,15 @@ def verify_all(folder: Path, workers: Workers, reporter: Reporter) -> list[Damag
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     sizes: list[int] = []
     damages: list[Damage] = []
+    try:
+        _summary(folder)
+    except UserError as error:
+        damages.append(Damage(str(folder / SUMMARY), "", error.found))
     for dataset in find_datasets(folder):
         if not (dataset / MANIFEST).is_file():
+            if dataset != folder:
+                damages.append(Damage(str(dataset / MANIFEST), "", "no such file"))
+                continue
             prefixes = foreign_prefixes(dataset)
             calls += [(check_foreign, (prefix,)) for prefix in prefixes]
             sizes += [Path(f"{prefix}.bin").stat().st_size for prefix in prefixes]
@@ -108,21 +121,35 @@ def verify(folder: Path | str) -> Manifest:
     return stream.manifest
 
 
+def _summary(folder: Path) -> tuple[SideSummary, ...]:
+    return PrepSummary.load(folder).datasets if (folder / SUMMARY).is_file() else ()
+
+
 def _check_folder(dataset: Path, manifest: Manifest) -> Iterator[Damage]:
     path = dataset / SOURCES
     if not path.is_file() or sha256_file(path) != manifest.sources_sha256:
         yield Damage(str(path), "", "is missing or not the one that was written")
-    tokenizer = dataset / manifest.tokenizer
-    files = [tokenizer / name for name in (SENTENCEPIECE_FILE, HUGGINGFACE_FILE) if (tokenizer / name).is_file()]
-    for file in files[:1]:
-        if (found := sha256_file(file)) != manifest.tokenizer_sha256:
-            yield Damage(str(file), "", f"sha256 {found}, expected {manifest.tokenizer_sha256}")
+    if (tokenizer := dataset / manifest.tokenizer).is_dir():  # a dataset may be taken elsewhere without
+        yield from _check_tokenizer(tokenizer, manifest.tokenizer_sha256)
+
+
+def _check_tokenizer(folder: Path, sha256: str) -> Iterator[Damage]:
+    try:
+        file = find_file(folder, (SENTENCEPIECE_FILE, HUGGINGFACE_FILE))
+        if (found := sha256_file(file)) != sha256:
+            yield Damage(str(file), "", f"sha256 {found}, expected {sha256}")
+        elif not np.array_equal(np.load(folder / TOKEN_BYTES_FILE), Tokenizer(folder).token_bytes()):
+            yield Damage(str(folder / TOKEN_BYTES_FILE), "", "not the bytes of this tokenizer's tokens")
+    except UserError as error:
+        yield Damage(str(folder), "", error.found)
+    except (OSError, ValueError, EOFError) as error:
+        yield Damage(str(folder / TOKEN_BYTES_FILE), "", f"{type(error).__name__}: {error}")
 
 
 def _sources(dataset: Path) -> list[str]:
     try:
         return list(json.loads((dataset / SOURCES).read_bytes()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return []  # told by _check_folder
 
 
@@ -150,7 +177,9 @@ def _check_tokens(prefix: Path, vocab_size: int, shard: ShardInfo) -> Iterator[D
         blocks = sidecar.pop("bin_block_crc32")
         if sidecar != dataclasses.asdict(shard):
             raise ValueError("not what the manifest says")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if len(blocks) != (expected := -(-shard.bin_bytes // BLOCK_BYTES)):
+            raise ValueError(f"{len(blocks)} block checksums, expected {expected}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Damage(f"{prefix}.json", "", f"{type(error).__name__}: {error}")
         blocks = []
     digest, placed = hashlib.sha256(), False
@@ -198,8 +227,10 @@ def _check_bounds(prefix: Path, bin_bytes: int, documents: int | None) -> Iterat
         yield Damage(path, f"sequence {at}", f"{fault}; the tokens end at byte {bin_bytes}")
     elif ends.size and int(ends[-1]) != bin_bytes:
         yield Damage(path, "", f"ends at byte {ends[-1]} of {bin_bytes}")
-    if np.any(np.diff(indices) < 0) or (documents is not None and len(indices) - 1 != documents):
-        yield Damage(path, "", f"{len(indices) - 1} documents, expected {documents}, in rising order")
+    if documents is not None and len(indices) - 1 != documents:
+        yield Damage(path, "", f"{len(indices) - 1} documents, expected {documents}")
+    if np.any(np.diff(indices) < 0) or indices[0] != 0 or indices[-1] != len(lengths):
+        yield Damage(path, "", f"its documents do not take up sequences 0..{len(lengths)} in order")
 
 
 def _check_origins(prefix: Path, num_sources: int, shard: ShardInfo) -> Iterator[Damage]:

@@ -174,5 +174,11 @@ def test_evaluate_generate_report(whole: Path) -> None:
     command = [*glam, "generate", str(whole), "--prompt", "def f", "--max-tokens", "12"]
     texts = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert texts[0].startswith("def f") and texts[0] == texts[1]  # seeded
+    explain = [*glam, "prep", "explain", str(whole), "--step", "5", "--json"]
+    told = subprocess.run(explain, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    documents = json.loads(told)["documents"]
+    assert sum(one["tokens"] for one in documents) == 8 * 33  # 8 sequences of 32 tokens and a label
+    assert {one["data_rank"] for one in documents} == {0, 1}
+    assert all(one["first_line"] in Path(one["origin"]).read_text() for one in documents)
     subprocess.run([*glam, "report", str(whole)], cwd=ROOT, check=True, capture_output=True)
     assert (whole / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -204,7 +204,7 @@ def test_nothing_to_train_on_or_to_measure_on_is_refused(tmp_path: Path, make_co
     (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
     unreadable = {"kind": "text_tree", "name": "bad", "path": str(tmp_path / "bad")}
     lines = write_lines(tmp_path / "x.jsonl", ["only one document " * 100])
-    with pytest.raises(UserError, match=r"no document to train on \(0 read, 1 unreadable.*") as met:
+    with pytest.raises(UserError, match=r"no document to train on \(0 of 1 records") as met:
         prepare(make_config(tmp_path / "1", sources=[unreadable]))
     assert "not UTF-8" in met.value.remedy
     with pytest.raises(UserError, match="no held-out document"):

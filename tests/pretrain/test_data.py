@@ -54,6 +54,35 @@ def test_mixture_is_within_one_sample_at_every_prefix(
     assert sampler.cursor.drawn == {name: counts[name] for name in share}
 
 
+def test_any_million_tokens_keep_to_the_weights(make_data: MakeData) -> None:
+    """Within half a point, in samples of 1,024 tokens: GLaM's six sources (Du et al. 2021, table 3), any window."""
+    weights = [0.42, 0.06, 0.28, 0.02, 0.20, 0.02]
+    chosen = [name for name, _ in Sampler(make_data(**named(weights)), 1024).next_batch(6000)]
+    window = 10**6 // 1024
+    for name, weight in named(weights).items():
+        counts = np.cumsum([0, *(one == name for one in chosen)])
+        shares = (counts[window:] - counts[:-window]) / window
+        assert np.abs(shares - weight).max() < 0.005
+
+
+def test_nothing_is_repeated_before_its_epoch_ends(make_data: MakeData) -> None:
+    """Whatever happens to the weights, and whichever sources come and go, between starts."""
+    weights: list[dict[str, float]] = [{"a": 1, "b_email": 1}, {"a": 1, "b_email": 9}, {"b_email": 1, "c": 2},
+                                       {"a": 5, "b_email": 1, "c": 1}, {"a": 1, "b_email": 1}]  # fmt: skip
+    cursor, seen = Cursor(), dict[str, list[int]]()
+    for mixture in weights:
+        sampler = Sampler(make_data(**mixture), S, through_json(cursor))
+        for name, number in sampler.next_batch(90):
+            seen.setdefault(name, []).append(sampler.sources[name].window_of(number))
+        cursor = sampler.cursor
+    sizes = {name: Sampler(make_data(**{name: 1}), S).sources[name].num_samples for name in seen}
+    for name, windows in seen.items():
+        for start in range(0, len(windows), sizes[name]):
+            epoch = windows[start : start + sizes[name]]
+            assert len(set(epoch)) == len(epoch), f"{name} repeats within an epoch"
+    assert len(seen["b_email"]) > 100 and len(seen["a"]) > 100
+
+
 def test_batch_size_does_not_change_the_order(make_data: MakeData) -> None:
     data = make_data(a=3, b_email=1.7, c=0.2)
     whole = Sampler(data, S).next_batch(240)
