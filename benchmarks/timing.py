@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 Step = Callable[[], object]
 
 # Freed blocks from 64 KiB on go back to the system at once, so that resident memory is what is really held.
-_MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+_MEMORY_ENVIRONMENT = MappingProxyType({"MALLOC_MMAP_THRESHOLD_": "65536"})
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,21 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return max(0, _status_bytes("VmHWM") - before)
 
 
-def in_fresh_process(module: str, arguments: Sequence[str], timeout_s: float = 600.0) -> str:
-    """Run `python -m module arguments` with an allocator that shows its use; returns the last line it printed.
+def in_fresh_process(
+    module: str,
+    arguments: Sequence[str],
+    timeout_s: float = 600.0,
+    environment: Mapping[str, str] = _MEMORY_ENVIRONMENT,
+) -> str:
+    """Run `python -m module arguments`, by default with an allocator that shows its use; returns the last line it
+    printed.
 
     Raises:
         RuntimeError: it failed; carries the end of its error output.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **_MEMORY_ENVIRONMENT},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=timeout_s,

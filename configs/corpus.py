@@ -151,7 +151,7 @@ class CorpusConfig(Strict):
     @property
     def makes(self) -> dict[str, object]:
         """What decides the result: neither where it is put nor how the work is shared out."""
-        return self.model_dump(mode="json", exclude={"output", "workers", "unit_bytes"})
+        return self.model_dump(mode="json", exclude={"output", "workers", "unit_bytes", "max_reject_fraction"})
 
 
 def names_differ(c: CorpusConfig) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from data_prep.stages import Counts
 from data_prep.storage import remove_temporary, write_atomically, written_atomically
 from data_prep.summary import SUMMARY, PrepSummary, SideSummary, SourceSummary
 from data_prep.tokenizing import HELDOUT, SIDES
-from data_prep.units import Unit, cut_into_units
+from data_prep.units import Unit
 
 _SHOWN = 3
 
@@ -35,26 +37,22 @@ def assemble(
     if (work / ASSEMBLED).is_file():
         return summary
     ready.mkdir(exist_ok=True)
-    _move(work / "tokenizer" / "files", ready / "tokenizer")
+    shutil.copytree(work / "tokenizer" / "files", ready / "tokenizer", dirs_exist_ok=True)
     if "quality" in counts and (work / "quality" / CLASSIFIER).is_file():
         (ready / "quality").mkdir(exist_ok=True)
-        _move(work / "quality" / CLASSIFIER, ready / "quality" / CLASSIFIER)
-    for side in SIDES:
-        _move(work / "tokenize" / "datasets" / side, ready / side)
+        shutil.copyfile(work / "quality" / CLASSIFIER, ready / "quality" / CLASSIFIER)
+    for side in SIDES:  # moved, as they are large; whatever is remade, the stage they are of is remade too
+        if (work / "tokenize" / "datasets" / side).exists():
+            os.replace(work / "tokenize" / "datasets" / side, ready / side)
     remove_temporary(ready)
     for dataset in summary.datasets:
         _write_manifest(config, files, counts, ready, dataset)
-    _gather_rejects(config, units, files, counts, work, ready / "rejects")
+    _gather_rejects(config, units, counts, work, ready / "rejects")
     write_atomically(ready / CONFIG, config.dump().encode())
     write_atomically(ready / "data.yaml", data_section(config, summary, output).encode())
     write_atomically(ready / SUMMARY, summary.to_json())
     write_atomically(work / ASSEMBLED, b"")
     return summary
-
-
-def _move(there: Path, here: Path) -> None:
-    if there.exists():
-        os.replace(there, here)
 
 
 def _summary(config: CorpusConfig, files: list[list[Path]], state: str, counts: dict[str, Counts]) -> PrepSummary:
@@ -108,18 +106,18 @@ def record_noun(source: SourceSpec) -> str:
     return "file" if isinstance(source, TextTree) else "line" if isinstance(source, JsonLines) else "row"
 
 
-def _gather_rejects(
-    config: CorpusConfig, units: list[Unit], files: list[list[Path]], counts: dict[str, Counts], work: Path, to: Path
-) -> None:
+def _gather_rejects(config: CorpusConfig, units: list[Unit], counts: dict[str, Counts], work: Path, to: Path) -> None:
     """One file a stage, in the order of documents."""
     to.mkdir(exist_ok=True)
     with written_atomically(to / "read.jsonl") as out:
-        for unit in _as_read(config, units, files):
-            source, paths = config.sources[unit.source], dict(unit.files)
-            for line in (work / "read" / f"{unit.name}.rejects.jsonl").read_bytes().splitlines():
-                found = json.loads(line)
-                origin = position(source, paths[found["file"]], unit.first_record + found["record"])
-                reject = {"source": source.name, "origin": origin, "rule": "unreadable", "reason": found["reason"]}
+        for unit in _as_read(config, units):
+            for found in _json_lines(work / "read" / f"{unit.name}.rejects.jsonl"):
+                reject = {
+                    "source": config.sources[unit.source].name,
+                    "origin": _read_origin(config, unit, found),
+                    "rule": "unreadable",
+                    "reason": found["reason"],
+                }
                 out.write(json.dumps(reject).encode() + b"\n")
     for stage in (stage for stage in ("clean", "dedup", "quality") if stage in counts):
         with written_atomically(to / f"{stage}.jsonl") as out:
@@ -129,11 +127,10 @@ def _gather_rejects(
                     out.write(path.read_bytes())
 
 
-def _as_read(config: CorpusConfig, units: list[Unit], files: list[list[Path]]) -> list[Unit]:
-    """The units of the first stage, before they were refined, with their first records."""
-    begins = [unit.first_record for unit in units if unit.skip == 0]
-    coarse = cut_into_units(config, files)
-    return [dataclasses.replace(unit, first_record=begin) for unit, begin in zip(coarse, begins, strict=True)]
+def _as_read(config: CorpusConfig, units: list[Unit]) -> list[Unit]:
+    """The units of the stage `read`, before they were refined: their names are other ones, their first records known."""
+    whole = [unit for unit in units if unit.skip == 0]
+    return [dataclasses.replace(unit, number=unit.read_as, take=None) for unit in whole]
 
 
 def data_section(config: CorpusConfig, summary: PrepSummary, output: Path) -> str:
@@ -163,19 +160,19 @@ def refuse_empty(
         train[unit.source] += int(np.count_nonzero(~held))
     for source, number in zip(config.sources, train, strict=True):
         if number == 0:
-            refuse_source(work, source.name, _story(source.name, counts))
+            refuse_source(source.name, _story(source.name, counts), first_rejects(config, units, work, source.name))
     if config.heldout_fraction > 0 and heldout == 0:
         remedy = "raise heldout_fraction, change seed, add documents, or set heldout_fraction=0"
         found = f"no held-out document among {sum(train)}"
         raise UserError(found, f"some, with heldout_fraction={config.heldout_fraction}", remedy)
 
 
-def refuse_source(work: Path, name: str, found: str) -> None:
+def refuse_source(name: str, found: str, rejects: str) -> None:
     """
     Raises:
         UserError: always; shows some of what was left out.
     """
-    remedy = f"mend, loosen or remove the source; the first rejects: {first_rejects(work, 'read', 'clean')}"
+    remedy = f"mend, loosen or remove the source; the first rejects: {rejects}"
     raise UserError(f"source {name!r}: no document to train on ({found})", "at least one", remedy)
 
 
@@ -185,13 +182,30 @@ def _story(name: str, counts: dict[str, Any]) -> str:
     return story + f"{dedup['exact'] + dedup['near']} duplicates, {dedup['kept']} kept before holding out"
 
 
-def first_rejects(work: Path, *stages: str) -> str:
-    """A few rejects, to show."""
+def first_rejects(config: CorpusConfig, units: list[Unit], work: Path, name: str) -> str:
+    """A few of the records of a source that could not be read, or were not clean, to show."""
     shown: list[str] = []
-    for stage in stages:
-        for path in sorted((work / stage).glob("*.rejects.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                shown += [line.strip()[:300] for line, _ in zip(file, range(_SHOWN))]
-            if len(shown) >= _SHOWN:
-                return "; ".join(shown[:_SHOWN])
+    own = [unit for unit in units if config.sources[unit.source].name == name]
+    for unit in _as_read(config, own):
+        for found in _json_lines(work / "read" / f"{unit.name}.rejects.jsonl"):
+            shown.append(f"{_read_origin(config, unit, found)}: {found['reason']}")
+            if len(shown) == _SHOWN:
+                return "; ".join(shown)
+    for unit in own:
+        for found in _json_lines(work / "clean" / f"{unit.name}.rejects.jsonl"):
+            shown.append(f"{found['origin']}: {found['rule']}: {found['reason']}")
+            if len(shown) == _SHOWN:
+                return "; ".join(shown)
     return "; ".join(shown) or "none"
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (json.loads(line) for line in file)
+
+
+def _read_origin(config: CorpusConfig, unit: Unit, found: dict[str, Any]) -> str:
+    """Where a record stands that the stage `read` left out: it counted from the unit's start."""
+    path = dict(unit.files)[found["file"]]
+    return position(config.sources[unit.source], path, unit.first_record + found["record"])

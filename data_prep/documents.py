@@ -93,10 +93,13 @@ def left_documents(job: Job, rows: Rows, left: npt.NDArray[np.bool_]) -> Iterato
         if number >= len(rows):
             raise changed
         if left[number]:
-            text = cleaned(job.config, document)
+            text, expected = document.text, (sides[number], orders[number])
             data = text.encode("utf-8")
-            if digest(data, job.config.seed) != (sides[number], orders[number]):
-                raise changed
+            if digest(data, job.config.seed) != expected:  # else cleaning had nothing to change
+                text = cleaned(job.config, document)
+                data = text.encode("utf-8")
+                if digest(data, job.config.seed) != expected:
+                    raise changed
             yield number, text, data
     if number + 1 != len(rows):
         raise changed

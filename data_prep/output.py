@@ -13,10 +13,11 @@ from configs.errors import UserError
 from data_prep.format import TokenStream
 from data_prep.manifest import MANIFEST
 from data_prep.stages import refuse_other
-from data_prep.storage import explain_write_errors, only_writer, remove
+from data_prep.storage import explain_write_errors, only_writer, remove, write_atomically
 from data_prep.summary import SUMMARY, PrepSummary
 
 WORK = "work"
+MARK = "made-by-glam-prep"  # in WORK: says that it is ours, and may be removed
 CONFIG = "corpus.yaml"
 READY, ASSEMBLED = "ready", "assembled"  # in WORK: the parts to be published; a file that says that all are there
 # In the order they are published: the summary says "complete", so it comes last.
@@ -71,8 +72,11 @@ def opened(output: Path, redo: bool) -> Iterator[Path]:
                     for name in PARTS:
                         remove(output / name)
                 work.mkdir(exist_ok=True)
+                write_atomically(work / MARK, b"")
                 yield work
         except BaseException:
+            if [path.name for path in (output / WORK).glob("*")] == [MARK]:
+                (output / WORK / MARK).unlink()
             for path in (output / WORK, *created):
                 try:
                     path.rmdir()  # only what is empty: nothing was done
@@ -100,5 +104,8 @@ def _refuse_foreign(output: Path, redo: bool) -> None:
         trace = (output / CONFIG).is_file() or (output / WORK).is_dir() or (output / SUMMARY).is_file()
         if not trace:
             raise UserError(f"{output} holds {', '.join(ours[:5])}", "a new or an empty folder", remedy)
+    work = output / WORK
+    if work.exists() and not (work / MARK).is_file() and any(work.iterdir()):
+        raise UserError(f"{work} is not of our making", "a new or an empty folder", remedy)
     if SUMMARY in present and not redo:  # it was not when we looked, before we held the lock
         raise UserError(f"{output} was completed by another process just now", "one writer", "run this again")

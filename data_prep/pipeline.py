@@ -31,7 +31,7 @@ from configs.corpus import CorpusConfig
 from configs.errors import UserError
 from data_prep import assemble, dedup, quality, reading, tokenizing
 from data_prep.documents import Job, save_unit
-from data_prep.output import ASSEMBLED, READY, WORK, find_complete, opened, publish_parts
+from data_prep.output import ASSEMBLED, PARTS, READY, WORK, find_complete, opened, publish_parts
 from data_prep.progress import Reporter
 from data_prep.rules import first_fault
 from data_prep.stages import Counts, Task, Workspace, add_counts, drop_changed_stages
@@ -91,8 +91,8 @@ def _prepare(config: CorpusConfig, reporter: Reporter, workers: Workers, until: 
         making = _Making(config, files, state, Workspace(work, workers, reporter))
         if redo and (dropped := drop_changed_stages(work, making.keys, STAGES)):
             reporter.say(f"remaking from the stage {dropped[0]} on")
-            for left in (ASSEMBLED, READY):
-                remove(work / left)
+            for left in (work / ASSEMBLED, work / READY, *(output / part for part in PARTS)):
+                remove(left)
         for stage in STAGES[: STAGES.index(until) + 1]:
             making.do(stage)
         if until != STAGES[-1]:
@@ -318,14 +318,17 @@ class _Making:
         for name, found in counts["sources"].items():
             records = found["documents"] + found["rejects"]
             if found["documents"] == 0:  # told now, not after the other stages
-                assemble.refuse_source(self.space.folder, name, f"0 of {records:,} records are documents")
+                assemble.refuse_source(name, f"0 of {records:,} records are documents", self._first_rejects(name))
             if found["rejects"] > most * records:
                 raise UserError(
                     f"source {name!r}: {found['rejects']:,} of {records:,} records cannot be read; "
-                    f"the first: {assemble.first_rejects(self.space.folder, 'read')}",
+                    f"the first: {self._first_rejects(name)}",
                     f"at most {most:.2%} (max_reject_fraction)",
                     "mend the source, or allow more",
                 )
+
+    def _first_rejects(self, name: str) -> str:
+        return assemble.first_rejects(self.config, self.units, self.space.folder, name)
 
     def _refuse_empty(self) -> None:
         """Each source must have something to train on, and there must be something to measure on."""

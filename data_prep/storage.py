@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -58,7 +59,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save_array(path: Path, values: npt.NDArray[Any]) -> None:
     """Write an array as .npy, atomically."""
     with written_atomically(path) as file:
-        np.save(file, values, allow_pickle=False)
+        # Through `write` alone: into a real file numpy writes on its own, and a full disk loses its number on the way.
+        np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)
 
 
 def remove_temporary(folder: Path) -> None:

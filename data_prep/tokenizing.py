@@ -32,6 +32,7 @@ _BLOCK_BYTES = 16_384
 _MIN_BLOCK_BYTES = 64
 _BLOCKS_A_SAMPLE = 64  # so that also a small sample touches many documents
 _BIN_BITS = 20  # the finest place where shards are cut: a millionth of the corpus
+_DOCUMENTS_AT_ONCE = 1024  # put together for one write
 # A document of a unit's tokens: `tokens` of them from `start` on, and what the shard says of it.
 PIECE = np.dtype([("start", "<i8"), ("tokens", "<i8"), ("bytes", "<u4"), ("file", "<u4"), ("record", "<u8")])
 
@@ -77,10 +78,8 @@ def encode_task(job: Job, folder: Path) -> Counts:
     (uint64 [documents], sorted) with their `<side>.pieces.npy` (PIECE [documents])."""
     tokenizer, rows, left = _tokenizer(folder), job.rows(), job.left()
     dtype = token_dtype(tokenizer.vocab_size)
-    eos = np.array([tokenizer.eos_id], dtype)
-    ids: dict[int, npt.NDArray[np.integer]] = {}
-    for number, text, _ in left_documents(job, rows, left):
-        ids[number] = np.concatenate([tokenizer.encode(text).astype(dtype), eos])
+    eos = np.array([tokenizer.eos_id], np.int32)
+    ids = {number: tokenizer.encode(text) for number, text, _ in left_documents(job, rows, left)}
     counts: Counts = {}
     heldout = rows["side"] < heldout_limit(job.config)
     for side in SIDES:
@@ -89,11 +88,12 @@ def encode_task(job: Job, folder: Path) -> Counts:
         pieces = np.zeros(len(members), PIECE)
         for field in ("bytes", "file", "record"):
             pieces[field] = rows[field][members]
-        pieces["tokens"] = [len(ids[number]) for number in members.tolist()]
+        pieces["tokens"] = [len(ids[number]) + 1 for number in members.tolist()]
         pieces["start"] = np.cumsum(pieces["tokens"]) - pieces["tokens"]
         with written_atomically(job.path("tokenize", f"{side}.ids")) as file:
-            for number in members.tolist():
-                file.write(ids[number].data.cast("B"))
+            for some in np.array_split(members, len(members) // _DOCUMENTS_AT_ONCE + 1):
+                parts = [part for number in some.tolist() for part in (ids.pop(number), eos)]
+                file.write(np.concatenate(parts or [eos[:0]]).astype(dtype).data.cast("B"))
         save_array(job.path("tokenize", f"{side}.order.npy"), rows["order"][members])
         save_array(job.path("tokenize", f"{side}.pieces.npy"), pieces)
         counts[side] = {

@@ -38,6 +38,7 @@ class Unit:
         skip, take: records behind `start` to pass over and to read; None is all. An archive cannot be entered in its
             middle, but what comes before can be passed over without a look.
         first_record: records of the file before the first of this unit; known once the source has been read.
+        read_as: its number when the source was first read.
         bytes: on disk, for progress.
     """
 
@@ -49,6 +50,7 @@ class Unit:
     skip: int = 0
     take: int | None = None
     first_record: int = 0
+    read_as: int = 0
     bytes: int = 0
 
     @property
@@ -87,7 +89,8 @@ def refine(units: list[Unit], records: list[int], cuts: list[list[int]]) -> list
         for number, skip in enumerate(begins):
             take = places[number] - skip if number < len(places) else None
             size = unit.bytes // len(begins)
-            fine.append(replace(unit, number=len(fine), skip=skip, take=take, first_record=base + skip, bytes=size))
+            part = replace(unit, skip=skip, take=take, first_record=base + skip, bytes=size)
+            fine.append(replace(part, number=len(fine), read_as=unit.number))
     return fine
 
 

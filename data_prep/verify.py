@@ -96,7 +96,8 @@ def verify_all(folder: Path, workers: Workers, reporter: Reporter) -> list[Damag
             damages.append(Damage(str(dataset / MANIFEST), "", error.found))
             continue
         damages += _check_folder(dataset, manifest)
-        calls += [(check_shard, (dataset, manifest.vocab_size, len(_sources(dataset)), s)) for s in manifest.shards]
+        num_sources = _num_sources(dataset, manifest)
+        calls += [(check_shard, (dataset, manifest.vocab_size, num_sources, shard)) for shard in manifest.shards]
         sizes += [shard.bin_bytes for shard in manifest.shards]
     with reporter.stage("verify", sum(sizes)) as advance:
         found: dict[int, list[Damage]] = {}
@@ -126,9 +127,8 @@ def _summary(folder: Path) -> tuple[SideSummary, ...]:
 
 
 def _check_folder(dataset: Path, manifest: Manifest) -> Iterator[Damage]:
-    path = dataset / SOURCES
-    if not path.is_file() or sha256_file(path) != manifest.sources_sha256:
-        yield Damage(str(path), "", "is missing or not the one that was written")
+    if _num_sources(dataset, manifest) is None:
+        yield Damage(str(dataset / SOURCES), "", "is missing or not the one that was written")
     if (tokenizer := dataset / manifest.tokenizer).is_dir():  # a dataset may be taken elsewhere without
         yield from _check_tokenizer(tokenizer, manifest.tokenizer_sha256)
 
@@ -146,14 +146,15 @@ def _check_tokenizer(folder: Path, sha256: str) -> Iterator[Damage]:
         yield Damage(str(folder / TOKEN_BYTES_FILE), "", f"{type(error).__name__}: {error}")
 
 
-def _sources(dataset: Path) -> list[str]:
-    try:
-        return list(json.loads((dataset / SOURCES).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return []  # told by _check_folder
+def _num_sources(dataset: Path, manifest: Manifest) -> int | None:
+    """How many source files there are; None where their list is damaged."""
+    path = dataset / SOURCES
+    if not path.is_file() or sha256_file(path) != manifest.sources_sha256:
+        return None
+    return len(json.loads(path.read_bytes()))
 
 
-def check_shard(dataset: Path, vocab_size: int, num_sources: int, shard: ShardInfo) -> list[Damage]:
+def check_shard(dataset: Path, vocab_size: int, num_sources: int | None, shard: ShardInfo) -> list[Damage]:
     """Every fault of one shard; memory: a few blocks."""
     prefix = dataset / shard.name
     damages: list[Damage] = []
@@ -182,24 +183,26 @@ def _check_tokens(prefix: Path, vocab_size: int, shard: ShardInfo) -> Iterator[D
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Damage(f"{prefix}.json", "", f"{type(error).__name__}: {error}")
         blocks = []
-    digest, placed = hashlib.sha256(), False
+    digest, damaged = hashlib.sha256(), list[Damage]()
     with path.open("rb") as file:
         for number, block in enumerate(iter(lambda: file.read(BLOCK_BYTES), b"")):
             digest.update(block)
             start = number * BLOCK_BYTES
             if number < len(blocks) and zlib.crc32(block) != blocks[number]:
-                placed = True
                 first = start // dtype.itemsize
                 place = f"bytes {start}..{start + len(block)} (tokens {first}..{first + len(block) // dtype.itemsize})"
-                yield Damage(str(path), place, "not what was written")
+                damaged.append(Damage(str(path), place, "not what was written"))
             ids = np.frombuffer(block, dtype)
             bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if bad.size:
                 token = start // dtype.itemsize + int(bad[0])
                 fault = f"id {ids[bad[0]]} outside the vocabulary of {vocab_size} ({bad.size} such in this block)"
                 yield Damage(str(path), f"token {token}, byte {token * dtype.itemsize}", fault)
-    if digest.hexdigest() != shard.bin_sha256 and not placed:
-        yield Damage(str(path), "", f"sha256 {digest.hexdigest()}, expected {shard.bin_sha256}")
+    if digest.hexdigest() != shard.bin_sha256:
+        whole = Damage(str(path), "", f"sha256 {digest.hexdigest()}, expected {shard.bin_sha256}")
+        yield from damaged or [whole]
+    elif damaged:
+        yield Damage(f"{prefix}.json", "", f"{len(damaged)} block checksums are wrong, the tokens are sound")
 
 
 def _check_index(prefix: Path, shard: ShardInfo) -> Iterator[Damage]:
@@ -233,12 +236,12 @@ def _check_bounds(prefix: Path, bin_bytes: int, documents: int | None) -> Iterat
         yield Damage(path, "", f"its documents do not take up sequences 0..{len(lengths)} in order")
 
 
-def _check_origins(prefix: Path, num_sources: int, shard: ShardInfo) -> Iterator[Damage]:
+def _check_origins(prefix: Path, num_sources: int | None, shard: ShardInfo) -> Iterator[Damage]:
     path = Path(f"{prefix}.docs")
     if (found := sha256_file(path)) != shard.docs_sha256:
         yield Damage(str(path), "", f"sha256 {found}, expected {shard.docs_sha256}")
     files = np.fromfile(path, DOCUMENT)["file"]
-    if bad := np.flatnonzero(files >= num_sources)[:1].tolist():
+    if num_sources is not None and (bad := np.flatnonzero(files >= num_sources)[:1].tolist()):
         yield Damage(str(path), f"document {bad[0]}", f"comes from file {files[bad[0]]} of {num_sources}")
 
 

@@ -489,8 +489,9 @@ def kill_a_worker(when: Path, killed: list[int]) -> None:
 
 def test_a_worker_that_is_killed_costs_no_finished_work(tmp_path: Path, tiny: MakeConfig) -> None:
     more = write(tmp_path / "more.jsonl", as_lines(texts(600, seed=1)))
-    config = tiny(more, workers=2, unit_bytes=2_000)
-    undisturbed = hashes(prepared(config.model_copy(update={"workers": 1})).output, without="corpus.yaml")
+    config = tiny(more, workers=2, unit_bytes=6_000)
+    alone = config.model_copy(update={"workers": 1})
+    undisturbed = hashes(prepared(alone).output, without="corpus.yaml")
     shutil.rmtree(tmp_path / "out")
     killed: list[int] = []
     stage = tmp_path / "out" / "work" / "read" / "stage.json"
@@ -501,6 +502,6 @@ def test_a_worker_that_is_killed_costs_no_finished_work(tmp_path: Path, tiny: Ma
     watch.join()
     assert killed and "what is done is kept" in error.value.remedy
     before = stage.stat().st_mtime_ns
-    assert prepare(config, until="clean") is None
+    assert prepare(alone, until="clean") is None
     assert stage.stat().st_mtime_ns == before, "the first stage is not done again"
     assert hashes(prepared(config).output, without="corpus.yaml") == undisturbed

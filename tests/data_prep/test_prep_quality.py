@@ -58,7 +58,7 @@ def counts_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Good text, and a web of which a third is as good; and a source that is neither."""
+    """Good text, a web of which a third is of the same kind, and a source that is neither."""
     text = pieces("email")
     texts = {"good": text[::2], "web": text[1::4] + garbage(250), "apart": garbage(30, seed=1)}
     return write_lines(tmp_path_factory.mktemp("sources"), texts)
@@ -105,22 +105,23 @@ def test_the_auc_is_that_of_documents_kept_from_training(trained: Path) -> None:
     again.fit(features[~heldout], label[~heldout])
     auc = roc_auc_score(label[heldout], again.predict_proba(features[heldout])[:, 1])
     assert facts["auc"] == pytest.approx(auc, abs=1e-3), "float32 weights may swap a pair of scores"
-    assert facts["auc"] == round(
-        roc_auc_score(label[heldout], model.scores([texts[i] for i in np.where(heldout)[0]])), 6
-    )
+    scores = model.scores([text for text, held in zip(texts, heldout) if held])
+    assert facts["auc"] == round(roc_auc_score(label[heldout], scores), 6)
     assert (facts["trained_on"], facts["measured_on"]) == (int((~heldout).sum()), int(heldout.sum()))
     assert sum(facts["histogram_curated"]) == int(label[heldout].sum())
     assert sum(facts["histogram_curated"]) + sum(facts["histogram_other"]) == facts["measured_on"]
 
 
-def test_the_summary_tells_how_good_it_is(tmp_path: Path, make_config: MakeConfig, trained: Path) -> None:
-    sources = write_lines(tmp_path, {"good": pieces("email"), "web": garbage(100)})
-    summary = prepare(make_config(tmp_path / "out", sources=sources, quality=TRAINED))
-    assert summary is not None and summary.classifier is not None and summary.classifier["auc"] > 0.99
-    assert Classifier(summary.output / "quality" / "classifier.safetensors").facts["auc"] == summary.classifier["auc"]
+def test_the_summary_tells_how_good_it_is(
+    tmp_path: Path, make_config: MakeConfig, sources: list[dict[str, Any]], trained: Path
+) -> None:
+    summary = prepare(make_config(tmp_path / "out", sources=sources, quality={**TRAINED, "pareto_alpha": 2.0}))
+    assert summary is not None and summary.classifier == counts_of(trained)["classifier"]
+    model = Classifier(summary.output / "quality" / "classifier.safetensors")
+    assert model.facts["auc"] == summary.classifier["auc"]
     assert json.loads((summary.output / "summary.json").read_bytes())["classifier"] == summary.classifier
-    web = summary.sources[1]
-    assert web.low_quality == len((summary.output / "rejects" / "quality.jsonl").read_text().splitlines()) > 80
+    rejects = (summary.output / "rejects" / "quality.jsonl").read_text().splitlines()
+    assert [row.low_quality for row in summary.sources] == [0, len(rejects), 0] and len(rejects) > 100
 
 
 @pytest.mark.parametrize("alpha", [1.0, 9.0])
@@ -168,7 +169,7 @@ def test_scores_and_fates_are_those_of_each_document(trained: Path) -> None:
         assert counts["kept_below_half"] == sum(score < 0.5 and not fate for score, fate in zip(scores, fates))
         histogram = np.histogram(scores, 50, (0, 1))[0].tolist()
         assert list(counts["histogram"].values()) == histogram
-    assert [json.loads(line) for line in left_out(trained)] == expected and 100 < len(expected) < 300
+    assert [json.loads(line) for line in left_out(trained)] == expected and len(expected) > 100
 
 
 def test_some_low_scores_stay(tmp_path: Path, make_config: MakeConfig, sources: list[dict[str, Any]]) -> None:
