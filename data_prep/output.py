@@ -91,7 +91,7 @@ def publish_parts(output: Path, assembled: Path) -> None:
         if (assembled / part).exists():
             remove(output / part)
             os.replace(assembled / part, output / part)
-    shutil.rmtree(output / WORK)
+    shutil.rmtree(output / WORK, ignore_errors=True)  # whoever comes next removes what is left
 
 
 def _refuse_foreign(output: Path, redo: bool) -> None:

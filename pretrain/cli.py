@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return EXIT_DONE
     except KeyboardInterrupt:
-        print("\nstopped from the keyboard", file=sys.stderr, flush=True)
+        goes_on = ": the same command goes on from what is done" if parsed.verb == "prep" else ""
+        print(f"\nstopped from the keyboard{goes_on}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
 
 

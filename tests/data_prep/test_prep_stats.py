@@ -89,5 +89,5 @@ def test_the_picture_is_one(mixed: Path, corpus: PrepSummary, tmp_path: Path, fi
 
 
 def test_no_corpus_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="summary.json"):
+    with pytest.raises(UserError, match=r"summary\.json"):
         corpus_stats(tmp_path)
