@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import data_prep_corpus as corpus
@@ -36,11 +37,12 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = make_parser("data_prep", __doc__ or "", "python -m benchmarks.data_prep --threads 1 --quick")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--workers", type=int, default=2, help="processes of the cases stages and memory")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     device = set_up(parsed)
     report = Report("data_prep", size_of(parsed), machine_facts(device, parsed))
     with output_kept_clean(), tempfile.TemporaryDirectory() as folder:

@@ -101,7 +101,24 @@ def test_layouts_watches_each_rank() -> None:
     assert row["seconds"] > 1
 
 
-@pytest.mark.parametrize("module", ["moe_layer", "vocabulary_loss", "training_step", "startup", "layouts"])
+def test_data_prep_measures_every_case() -> None:
+    rows = run_benchmark("data_prep")["rows"]
+    ratios = {(row["case"], row["candidate"]): row.get("ratio") for row in rows}
+    for algorithm in ("unigram", "bpe"):
+        case = f"tokenize, {algorithm} 1,000"
+        assert ratios[case, "tokenizer alone"] == 1 and ratios[case, "ours"] > 0
+        assert ratios[case, "Megatron-LM's way"] > 0
+    stages = {row["candidate"] for row in rows if row["case"].startswith("stages")}
+    assert {"read", "clean", "dedup: signatures", "tokenizer", "tokenize", "shards: write"} <= stages
+    assert all(row["peak_mb"] > 30 for row in rows if row["case"].startswith("memory"))
+    [start] = [row for row in rows if row["case"] == "start"]
+    assert 0 < start["seconds"] < 60
+
+
+MODULES = ["data_prep", "moe_layer", "vocabulary_loss", "training_step", "startup", "layouts"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_help_shows_an_example(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
