@@ -179,7 +179,10 @@ def refuse_source(name: str, found: str, rejects: str) -> None:
 def _story(name: str, counts: dict[str, Any]) -> str:
     read, clean, dedup = (counts[stage]["sources"][name] for stage in ("read", "clean", "dedup"))
     story = f"{read['documents']} read, {read['rejects']} unreadable, {sum(clean['rules'].values())} unclean, "
-    return story + f"{dedup['exact'] + dedup['near']} duplicates, {dedup['kept']} kept before holding out"
+    story += f"{dedup['exact'] + dedup['near']} duplicates"
+    if "quality" in counts:
+        story += f", {dedup['kept'] - counts['quality']['sources'][name]['kept']} by quality"
+    return story + ", the rest held out"
 
 
 def first_rejects(config: CorpusConfig, units: list[Unit], work: Path, name: str) -> str:

@@ -158,10 +158,11 @@ def _meetings(job: Job, ranges: int) -> tuple[UInt64s, UInt64s]:
 def _origin(job: Job, rank: int) -> str:
     """Where the document of this rank stands."""
     unit = load_unit(job.work, rank >> _DOCUMENT_BITS)
-    row = _rows_of(job.work, unit.name)[rank & (2**_DOCUMENT_BITS - 1)]
+    row = rows_of(job.work, unit.name)[rank & (2**_DOCUMENT_BITS - 1)]
     return position(job.config.sources[unit.source], dict(unit.files)[int(row["file"])], int(row["record"]))
 
 
 @lru_cache(maxsize=256)  # documents that repeat tend to stand together
-def _rows_of(work: Path, unit: str) -> Rows:
+def rows_of(work: Path, unit: str) -> Rows:
+    """The rows of a unit, mapped."""
     return np.load(work / "clean" / f"{unit}.rows.npy", mmap_mode="r")  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ from rich.console import Console
 from configs.corpus import CorpusConfig
 from configs.errors import UserError
 from data_prep import assemble, dedup, quality, reading, tokenizing
-from data_prep.documents import Job, save_unit
+from data_prep.documents import Job, load_unit, save_unit
 from data_prep.output import ASSEMBLED, PARTS, READY, WORK, find_complete, opened, publish_parts
 from data_prep.progress import Reporter
 from data_prep.rules import first_fault
@@ -87,6 +87,8 @@ def _prepare(config: CorpusConfig, reporter: Reporter, workers: Workers, until: 
         reporter.say(f"{output}: already prepared")
         reporter.show(summary.table())
         return summary
+    load_unit.cache_clear()  # of an earlier call in this process
+    dedup.rows_of.cache_clear()
     with opened(output, redo) as work:
         making = _Making(config, files, state, Workspace(work, workers, reporter))
         if redo and (dropped := drop_changed_stages(work, making.keys, STAGES)):

@@ -5,7 +5,7 @@ A linear classifier over hashed words learns to tell curated sources from the ot
 appendix A: keep if pareto(9) > 1 - score, which keeps everything at a score of 1 and 1 in 512 at a score of 0).
 
     sample    a unit's share of the training texts
-    train     one task: the classifier and how well it tells documents it has not seen (AUC)
+    train     one task: two classifiers, each of half of the sample, and how well they tell the other half (AUC)
     score     a unit's documents: scores and fates
 """
 
@@ -29,10 +29,12 @@ from data_prep.stages import Counts
 from data_prep.storage import save_array, write_atomically, written_atomically
 
 CLASSIFIER = "classifier.safetensors"
-FORMAT = "glam quality classifier 1"
+FORMAT = "glam quality classifier 2"
 DROPPED = 1  # a fate
 SCORE_BINS = 50
-_HELDOUT_EVERY = 10  # one document in so many is kept from training, to measure on
+# Each document of the sample belongs to a fold and is scored, and measured, by the classifier trained on the other:
+# a classifier would know the texts it was trained on by heart, and find none of the filtered ones good.
+FOLDS = 2
 _TEXT_CHARACTERS = 20_000  # of a document that are looked at: a classifier of words needs no more
 _BATCH = 512
 _EPOCHS = 10
@@ -57,38 +59,38 @@ def train_task(spec: QualityTraining, seed: int, curated: list[Path], other: lis
     from sklearn.linear_model import SGDClassifier
     from sklearn.metrics import roc_auc_score
 
-    texts, labels, heldout = _load_samples(curated, other)
+    texts, labels, folds = _load_samples(curated, other)
     for label, name in ((1, "curated"), (0, "filtered")):
-        for part in (False, True):
-            if not np.any((labels == label) & (heldout == part)):
+        for fold in range(FOLDS):
+            if not np.any((labels == label) & (folds == fold)):
                 raise UserError(
                     f"quality: {int((labels == label).sum())} documents of {name} sources to learn from",
                     "some to train on and some to measure on",
                     "raise quality.sample_bytes, add documents, or set quality=null",
                 )
     features = _vectorizer(spec.features).transform(texts)
-    # Stochastic descent in one order with a fixed number of passes: the same numbers on any number of cores.
-    model = SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=_EPOCHS, tol=None, random_state=seed % 2**32)
-    model.fit(features[~heldout], labels[~heldout])
-    weight, bias = model.coef_[0].astype(np.float32), np.float32(model.intercept_[0])
-    scores = _probability(features[heldout] @ weight + bias)
-    auc = float(roc_auc_score(labels[heldout], scores))
+    weight, bias = np.zeros((FOLDS, spec.features), np.float32), np.zeros(FOLDS, np.float32)
+    for fold in range(FOLDS):
+        # Stochastic descent in one order with a fixed number of passes: the same numbers on any number of cores.
+        model = SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=_EPOCHS, tol=None, random_state=seed % 2**32)
+        model.fit(features[folds != fold], labels[folds != fold])
+        weight[fold], bias[fold] = model.coef_[0], model.intercept_[0]
+    scores = _probability(_logits(features, weight, bias)[np.arange(len(folds)), folds])
     facts = {
-        "auc": round(auc, 6),
-        "trained_on": int((~heldout).sum()),
-        "measured_on": int(heldout.sum()),
-        "histogram_curated": _histogram(scores[labels[heldout] == 1]),
-        "histogram_other": _histogram(scores[labels[heldout] == 0]),
-        "words": _telling_words(texts, spec.features, weight),
+        "auc": round(float(roc_auc_score(labels, scores)), 6),
+        "documents": len(texts),
+        "histogram_curated": _histogram(scores[labels == 1]),
+        "histogram_other": _histogram(scores[labels == 0]),
+        "words": _telling_words(texts, spec.features, weight.mean(0)),
     }
     save_classifier(folder / CLASSIFIER, weight, bias, facts)
-    return {key: facts[key] for key in ("auc", "trained_on", "measured_on", "histogram_curated", "histogram_other")}
+    return {key: facts[key] for key in ("auc", "documents", "histogram_curated", "histogram_other")}
 
 
 def _load_samples(
     curated: list[Path], other: list[Path]
-) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    texts, labels, heldout = [], [], []
+) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    texts, labels, folds = [], [], []
     for label, paths in ((1, curated), (0, other)):
         for path in paths:
             with path.open("rb") as file:
@@ -96,8 +98,8 @@ def _load_samples(
                     record = orjson.loads(line)
                     texts.append(record["text"])
                     labels.append(label)
-                    heldout.append(record["key"] % _HELDOUT_EVERY == 0)
-    return texts, np.array(labels, np.int64), np.array(heldout, bool)
+                    folds.append(record["key"] % FOLDS)
+    return texts, np.array(labels, np.int64), np.array(folds, np.int64)
 
 
 def _vectorizer(features: int) -> Any:
@@ -120,13 +122,15 @@ def _telling_words(texts: list[str], features: int, weight: npt.NDArray[np.float
     }
 
 
-def save_classifier(path: Path, weight: npt.NDArray[np.float32], bias: np.float32, facts: dict[str, Any]) -> None:
-    """A safetensors file: `weight` [features], `bias` [1], and in its header what is known of it."""
+def save_classifier(
+    path: Path, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], facts: dict[str, Any]
+) -> None:
+    """A safetensors file: `weight` [FOLDS, features], `bias` [FOLDS], and in its header what is known of them."""
     from safetensors.numpy import save
 
     # One entry, as the order of several in the header would change from run to run.
     header = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
-    write_atomically(path, save({"weight": weight, "bias": np.array([bias])}, {"classifier": header}))
+    write_atomically(path, save({"weight": weight, "bias": bias}, {"classifier": header}))
 
 
 class Classifier:
@@ -148,20 +152,35 @@ class Classifier:
                 self.facts = dict(json.loads((file.metadata() or {}).get("classifier", "{}")))
                 if self.facts.get("format") != FORMAT:
                     raise UserError(f"{path} is of format {self.facts.get('format')}", FORMAT, remedy)
-                self.weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-            if self.weight.ndim != 1 or not self.weight.size or bias.shape != (1,):
-                raise ValueError(f"weight of shape {self.weight.shape} and bias of shape {bias.shape}")
-            if not (np.isfinite(self.weight).all() and np.isfinite(bias).all()):
+                self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
+            shapes = self.weight.shape, self.bias.shape
+            if self.weight.ndim != 2 or not self.weight.size or (len(self.weight), *shapes[1]) != (FOLDS, FOLDS):
+                raise ValueError(f"weight of shape {shapes[0]} and bias of shape {shapes[1]}")
+            if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
                 raise ValueError("a weight is not finite")
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {error}", "a quality classifier", remedy) from None
-        self.bias = float(bias[0])
-        self._vectorizer = _vectorizer(len(self.weight))
+        self._vectorizer = _vectorizer(self.weight.shape[1])
 
-    def scores(self, texts: list[str]) -> npt.NDArray[np.float64]:
-        """The probability of "curated" of each text: [texts]."""
+    def scores(self, texts: list[str], keys: list[int] | None = None) -> npt.NDArray[np.float64]:
+        """The probability of "curated" of each text: [texts].
+
+        Args:
+            keys: the documents' `order`, so that each is scored by the half that was not trained on it; without, by
+                both.
+        """
         features = self._vectorizer.transform([text[:_TEXT_CHARACTERS] for text in texts])
-        return _probability(features @ self.weight + self.bias)
+        logits = _logits(features, self.weight, self.bias)
+        if keys is None:
+            return _probability(logits.mean(1))
+        return _probability(logits[np.arange(len(texts)), [key % FOLDS for key in keys]])
+
+
+def _logits(
+    features: Any, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """[documents, FOLDS]. One product a fold: a sparse matrix times a vector adds up in one order on any machine."""
+    return np.stack([np.asarray(features @ weight[fold] + bias[fold]) for fold in range(FOLDS)], axis=1)
 
 
 def pareto_threshold(key: int, alpha: float) -> float:
@@ -178,7 +197,7 @@ def score_task(job: Job, classifier: Path, alpha: float) -> Counts:
     kept = kept_bytes = low = 0
     with written_atomically(job.path("quality", "rejects.jsonl")) as rejects:
         for numbers, texts in _batches(job):
-            found = model.scores(texts)
+            found = model.scores(texts, [int(key) for key in rows["order"][numbers]])
             histogram += np.array(_histogram(found))
             for number, score in zip(numbers, found.tolist()):
                 row = rows[number]

@@ -94,8 +94,8 @@ def prep_quality(args: Any) -> None:
     from data_prep.quality import Classifier
 
     model = Classifier(args.classifier)
-    table = Table(title=f"{args.classifier}: {len(model.weight):,} features", show_header=False)
-    for key in ("auc", "trained_on", "measured_on"):
+    table = Table(title=f"{args.classifier}: {model.weight.shape[1]:,} features", show_header=False)
+    for key in ("auc", "documents"):
         table.add_row(key.replace("_", " "), str(model.facts.get(key)))
     for side, words in model.facts.get("words", {}).items():
         table.add_row(f"words that speak for {side}", " ".join(words))
