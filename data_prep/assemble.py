@@ -128,7 +128,7 @@ def _gather_rejects(config: CorpusConfig, units: list[Unit], counts: dict[str, C
 
 
 def _as_read(config: CorpusConfig, units: list[Unit]) -> list[Unit]:
-    """The units of the stage `read`, before they were refined: their names are other ones, their first records known."""
+    """The units of the stage `read`, before they were refined: of other names, but with their first records."""
     whole = [unit for unit in units if unit.skip == 0]
     return [dataclasses.replace(unit, number=unit.read_as, take=None) for unit in whole]
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +43,7 @@ from data_prep.manifest import (
 from data_prep.megatron_index import Int64s, index_bytes, read_index
 from data_prep.storage import publish, temporary_name, write_atomically
 
+_MAX_OPEN_FILES = 128
 Ids = npt.NDArray[np.integer[Any]]
 
 
@@ -164,7 +168,7 @@ class Place:
 class TokenStream:
     """The tokens of a dataset folder, or of a Megatron pair ``PREFIX``, as one stream over all shards.
 
-    Opening looks at names and sizes, never at tokens; shards are mapped when first read. Copies and pickles re-open.
+    Opening looks at names and sizes, never at tokens; shards are opened when first read. Copies and pickles re-open.
 
     Attributes:
         manifest: None for a dataset made by Megatron, as are then ``vocab_size`` and ``eos_id``.
@@ -181,6 +185,7 @@ class TokenStream:
             self._shards = [_open_foreign(prefix) for prefix in foreign_prefixes(self.folder)]
         else:
             self._shards = [_open_own(self.folder, self.manifest, shard) for shard in self.manifest.shards]
+        self._files = _OpenFiles()
         self._ends: Int64s = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self._shards else 0
         if self.num_tokens == 0:
@@ -218,10 +223,13 @@ class TokenStream:
         out = np.empty(count, dtype=np.int64)
         shard, filled = int(np.searchsorted(self._ends, start, side="right")), 0
         while filled < count:
-            first = start + filled - (int(self._ends[shard]) - self._shards[shard].tokens)
-            piece = self._shards[shard].ids[first : first + count - filled]
-            out[filled : filled + piece.size] = piece
-            shard, filled = shard + 1, filled + piece.size
+            here = self._shards[shard]
+            first = start + filled - (int(self._ends[shard]) - here.tokens)
+            size = min(count - filled, here.tokens - first)
+            width = here.dtype.itemsize
+            data = self._files.read(Path(f"{here.prefix}.bin"), first * width, size * width)
+            out[filled : filled + size] = np.frombuffer(data, here.dtype)
+            shard, filled = shard + 1, filled + size
         return out
 
     def documents(self, shard: int) -> Int64s:
@@ -274,10 +282,35 @@ class _Shard:
     tokens: int
     dtype: np.dtype[Any]
 
-    @cached_property
-    def ids(self) -> Ids:
-        # A plain view: slicing numpy.memmap objects is several times slower than slicing arrays.
-        return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
+
+class _OpenFiles:
+    """Files kept open, the last used ones: a corpus has more shards than a process may have files.
+
+    Read by position, not mapped: a window is a few KB anywhere in a terabyte, and a mapping would read ahead at each.
+    """
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, FileIO] = OrderedDict()
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, path: Path, start: int, count: int) -> bytes:
+        """Bytes [start, start + count) of a file.
+
+        Raises:
+            UserError: it ends before.
+        """
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(path)
+        data = os.pread(self._files[path].fileno(), count, start)
+        if len(data) < count:
+            raise UserError(f"{path} ends at byte {start + len(data)}", f"{count} bytes from {start} on", PREP_AGAIN)
+        return data
 
 
 def _open_own(folder: Path, manifest: Manifest, shard: ShardInfo) -> _Shard:
