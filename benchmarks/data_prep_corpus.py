@@ -9,16 +9,24 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from configs.corpus import CorpusConfig
 
 DOCUMENT_CHARACTERS = 4_000
 _SHARD_TOKENS = 100_000_000
 _DOCUMENT_TOKENS = 1_000
 
 
-def write_lines(path: Path, text_bytes: int, copies: int = 1) -> Path:
-    """Python's own library as JSON lines, `copies` times, each with other words, so that no copy is a duplicate."""
+def write_lines(path: Path, text_bytes: int, copies: int = 1, first: int = 0) -> Path:
+    """Python's own library as JSON lines, `copies` times, each with other words, so that no copy is a duplicate.
+
+    Args:
+        first: number of the first copy; 0 is the text as it is.
+    """
     if path.exists():
         return path
     root = Path(sysconfig.get_path("stdlib"))
@@ -31,30 +39,48 @@ def write_lines(path: Path, text_bytes: int, copies: int = 1) -> Path:
         if held >= text_bytes:
             break
     with path.open("wb") as out:
-        for copy in range(copies):
+        for copy in range(first, first + copies):
             for number, text in enumerate(texts):
                 words = re.sub(r"\b([a-z]{4,})\b", rf"\1{chr(97 + copy) * 2}", text) if copy else text
                 out.write(json.dumps({"id": number, "text": words}).encode() + b"\n")
     return path
 
 
-def corpus_config(lines: Path, output: Path, algorithm: str, vocab_size: int, workers: int, every_stage: bool):  # type: ignore[no-untyped-def]
-    """A configuration over one file of lines."""
-    from configs.corpus import CorpusConfig
+def every_rule() -> list[dict[str, object]]:
+    """Gopher's rules with thresholds that nothing breaks, so that each document pays for all of them."""
+    from configs.filters import GopherQuality, GopherRepetition
 
-    tree = {
+    rules: list[dict[str, object]] = []
+    for kind in (GopherQuality, GopherRepetition):
+        names = [name for name in kind.model_fields if name.startswith(("min_", "max_"))]
+        loose = {name: 0 if name[:3] == "min" else 1 if "fraction" in name else 10**9 for name in names}
+        rules.append({"kind": kind.model_fields["kind"].default, **loose})
+    return rules
+
+
+def corpus_config(
+    lines: Path, output: Path, algorithm: str, vocab_size: int, workers: int, curated: Path | None = None
+) -> CorpusConfig:
+    """A configuration over one file of lines; with a file of curated ones too it takes every stage."""
+    tree: dict[str, Any] = {
         "output": str(output),
         "sources": [{"kind": "jsonl", "name": "lines", "path": str(lines)}],
         "tokenizer": {"kind": "train_sentencepiece", "algorithm": algorithm, "vocab_size": vocab_size,
                       "sample_bytes": min(12_000_000, lines.stat().st_size)},
         "heldout_fraction": 0.05,
         "workers": workers,
-        "unit_bytes": max(200_000, min(64 * 2**20, lines.stat().st_size // 8)),
     }  # fmt: skip
-    if every_stage:
-        tree["clean"] = {"filters": [{"kind": "length", "min_chars": 10}]}
+    if curated is not None:
+        tree["sources"].append({"kind": "jsonl", "name": "curated", "path": str(curated)})
+        tree["clean"] = {"filters": every_rule()}
+        sample = min(4_000_000, curated.stat().st_size // 4)
+        tree["quality"] = {"kind": "train_classifier", "curated": ["curated"], "filter": ["lines"],
+                           "sample_bytes": sample, "pareto_alpha": 0.01}  # fmt: skip
+        tree["tokenizer"]["sample_bytes"] = sample
     else:
         tree["deduplicate"] = {"exact": False, "near": None}
+    from configs.corpus import CorpusConfig
+
     return CorpusConfig.check(tree, "benchmark")
 
 
@@ -80,14 +106,15 @@ def write_sparse(folder: Path, tokens: int) -> Path:
     return folder
 
 
-def prepare_once(lines: str, output: str, vocab_size: str, workers: str) -> dict[str, object]:
+def prepare_once(lines: str, curated: str, output: str, vocab_size: str, workers: str) -> dict[str, object]:
     """A whole preparation: seconds of each stage, and the resident memory of the fullest worker."""
     from data_prep.pipeline import prepare
 
-    config = corpus_config(Path(lines), Path(output), "unigram", int(vocab_size), int(workers), every_stage=True)
-    summary = prepare(config)
+    summary = prepare(
+        corpus_config(Path(lines), Path(output), "unigram", int(vocab_size), int(workers), Path(curated))
+    )
     assert summary is not None
-    read = summary.sources[0].stages["read"]["bytes"]
+    read = sum(source.stages["read"]["bytes"] for source in summary.sources)
     who = resource.RUSAGE_SELF if workers == "1" else resource.RUSAGE_CHILDREN
     return {
         "text_bytes": read,

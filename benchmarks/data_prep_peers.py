@@ -27,7 +27,7 @@ class Ours:
 
     def __init__(self, lines: Path, folder: Path, algorithm: str, vocab_size: int) -> None:
         self.lines, self.algorithm = lines, algorithm
-        self.config = corpus_config(lines, folder / "ours", algorithm, vocab_size, 1, every_stage=False)
+        self.config = corpus_config(lines, folder / "ours", algorithm, vocab_size, 1)
         prepare(self.config, until="tokenizer")
         work = Path(self.config.output) / "work"
         self.tokenizer_folder, self.folder = work / "tokenizer" / "files", work / "tokenize"

@@ -12,6 +12,7 @@ appendix A: keep if pareto(9) > 1 - score, which keeps everything at a score of 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,7 +187,8 @@ def _logits(
 def pareto_threshold(key: int, alpha: float) -> float:
     """1 - a Pareto (Lomax) draw made of a document's own hash: scores from it on stay."""
     uniform = (xxhash.xxh3_64_intdigest(key.to_bytes(8, "little"), seed=2) >> 11) / 2**53  # never 1
-    return 1 - float((1 - uniform) ** (-1 / alpha) - 1)
+    exponent = -math.log1p(-uniform) / alpha
+    return 2 - math.exp(exponent) if exponent < 700 else -math.inf  # beyond, a float64 cannot tell
 
 
 def score_task(job: Job, classifier: Path, alpha: float) -> Counts:

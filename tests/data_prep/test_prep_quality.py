@@ -147,6 +147,7 @@ def test_a_perfect_score_always_stays_and_a_better_one_never_goes() -> None:
         threshold = pareto_threshold(key, 9.0)
         assert threshold <= 1 and threshold == pareto_threshold(key, 9.0)
         assert pareto_threshold(key, 3.0) <= threshold, "a heavier tail keeps more"
+    assert all(pareto_threshold(key, 1e-6) <= 1 for key in KEYS), "a tail too heavy for a number keeps all"
     neighbours = [pareto_threshold(key, 9.0) for key in range(2_000)]
     assert abs(np.corrcoef(neighbours[:-1], neighbours[1:])[0, 1]) < 4 / np.sqrt(2_000), "keys draw on their own"
 
