@@ -45,6 +45,7 @@ setup(
             "types-PyYAML",
             "types-psutil",
             "mpich>=4.2",
+            "zstandard>=0.22",  # writes the archives that tests read
             "py3langid>=0.4",
             "transformers>=5.0,<6",  # peer of the benchmarks, and the twin `configs/modern.yaml` is tested against
         ]

@@ -17,7 +17,7 @@ from configs.corpus import CorpusConfig, JsonLines, SourceSpec, TextTree
 from configs.errors import UserError
 from data_prep.documents import Job, heldout_limit, position
 from data_prep.manifest import ShardInfo, write_manifest
-from data_prep.output import ASSEMBLED, CONFIG, READY
+from data_prep.output import CONFIG, READY, is_assembled, say_assembled
 from data_prep.quality import CLASSIFIER
 from data_prep.stages import Counts
 from data_prep.storage import remove_temporary, write_atomically, written_atomically
@@ -29,15 +29,21 @@ _SHOWN = 3
 
 
 def assemble(
-    config: CorpusConfig, files: list[list[Path]], state: str, units: list[Unit], counts: dict[str, Counts], work: Path
+    config: CorpusConfig,
+    files: list[list[Path]],
+    made_from: dict[str, str],
+    units: list[Unit],
+    counts: dict[str, Counts],
+    work: Path,
 ) -> PrepSummary:
     """Put all parts into one folder of the workspace, and say so; may be stopped anywhere and done again."""
     ready, output = work / READY, Path(config.output)
-    summary = _summary(config, files, state, counts)
-    if (work / ASSEMBLED).is_file():
+    summary = _summary(config, files, made_from, counts)
+    if is_assembled(work, fingerprint_of(config.makes)):
         return summary
-    ready.mkdir(exist_ok=True)
-    shutil.copytree(work / "tokenizer" / "files", ready / "tokenizer", dirs_exist_ok=True)
+    (ready / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for path in (work / "tokenizer" / "files").iterdir():
+        shutil.copyfile(path, ready / "tokenizer" / path.name)
     if "quality" in counts and (work / "quality" / CLASSIFIER).is_file():
         (ready / "quality").mkdir(exist_ok=True)
         shutil.copyfile(work / "quality" / CLASSIFIER, ready / "quality" / CLASSIFIER)
@@ -51,11 +57,26 @@ def assemble(
     write_atomically(ready / CONFIG, config.dump().encode())
     write_atomically(ready / "data.yaml", data_section(config, summary, output).encode())
     write_atomically(ready / SUMMARY, summary.to_json())
-    write_atomically(work / ASSEMBLED, b"")
+    say_assembled(work, fingerprint_of(config.makes))
     return summary
 
 
-def _summary(config: CorpusConfig, files: list[list[Path]], state: str, counts: dict[str, Counts]) -> PrepSummary:
+def shards_are_there(counts: Counts, folder: Path, config: CorpusConfig) -> bool:
+    """Whether the shards of a finished stage `tokenize` are where it put them, or stand ready, or are published."""
+    work = folder.parent
+    places = [folder / "datasets", work / READY]
+    places += [Path(config.output)] if is_assembled(work, fingerprint_of(config.makes)) else []
+    return all(
+        any((place / side / name / f"{shard['name']}.bin").is_file() for place in places)
+        for name, sides in counts["sources"].items()
+        for side, found in sides.items()
+        for shard in found.get("shards", ())
+    )
+
+
+def _summary(
+    config: CorpusConfig, files: list[list[Path]], made_from: dict[str, str], counts: dict[str, Counts]
+) -> PrepSummary:
     sides = counts["tokenize"]["sources"]
     datasets = tuple(
         SideSummary(name, side, len(found["shards"]), found["documents"], found["tokens"], found["bytes"])
@@ -72,7 +93,7 @@ def _summary(config: CorpusConfig, files: list[list[Path]], state: str, counts: 
     return PrepSummary(
         Path(config.output),
         fingerprint_of(config.makes),
-        state,
+        made_from,
         tokenizer["sha256"],
         tokenizer["vocab_size"],
         datasets,
@@ -124,7 +145,8 @@ def _gather_rejects(config: CorpusConfig, units: list[Unit], counts: dict[str, C
             for unit in units:
                 path = work / stage / f"{unit.name}.rejects.jsonl"
                 if path.is_file():
-                    out.write(path.read_bytes())
+                    with path.open("rb") as part:
+                        shutil.copyfileobj(part, out)
 
 
 def _as_read(config: CorpusConfig, units: list[Unit]) -> list[Unit]:
@@ -210,5 +232,4 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_origin(config: CorpusConfig, unit: Unit, found: dict[str, Any]) -> str:
     """Where a record stands that the stage `read` left out: it counted from the unit's start."""
-    path = dict(unit.files)[found["file"]]
-    return position(config.sources[unit.source], path, unit.first_record + found["record"])
+    return position(config.sources[unit.source], unit.path(found["file"]), unit.first_record + found["record"])

@@ -87,7 +87,8 @@ def meet_task(folder: Path, units: list[str], number: int, ranges: int) -> Count
         stop = len(sorted_keys) if last else np.searchsorted(sorted_keys, high)
         if start < stop:
             keys.append(np.array(sorted_keys[start:stop]))
-            ranks.append(np.load(folder / f"{unit}.ranks.npy", mmap_mode="r")[start:stop])
+            # Copied: a slice of a mapping would hold its file open, and there are as many as units.
+            ranks.append(np.array(np.load(folder / f"{unit}.ranks.npy", mmap_mode="r")[start:stop]))
     key: UInt64s = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
     rank: UInt64s = np.concatenate(ranks) if ranks else np.zeros(0, np.uint64)
     # Units come in order and their own order is kept, so of equal keys the first is the earliest document.
@@ -121,12 +122,11 @@ def judge_task(job: Job, ranges: int) -> Counts:
     near = first[which] >= _NEAR_BIT
     places = (later[which] & np.uint64(2**_DOCUMENT_BITS - 1)).astype(np.int64)
     fates[places] = np.where(near, NEAR, EXACT)
-    paths = dict(job.unit.files)
     with written_atomically(job.path("dedup", "rejects.jsonl")) as rejects:
         for place, of, is_near in zip(places.tolist(), (first[which] & ~_NEAR_BIT).tolist(), near.tolist()):
             line = {
                 "source": job.source.name,
-                "origin": position(job.source, paths[int(rows["file"][place])], int(rows["record"][place])),
+                "origin": position(job.source, job.unit.path(int(rows["file"][place])), int(rows["record"][place])),
                 "rule": "near_duplicate" if is_near else "exact_duplicate",
                 "reason": f"like {_origin(job, of)}",
             }
@@ -151,7 +151,8 @@ def _meetings(job: Job, ranges: int) -> tuple[UInt64s, UInt64s]:
         start, stop = np.searchsorted(ranks, [low, high])
         if start < stop:
             later.append(np.array(ranks[start:stop]))
-            first.append(np.load(path.with_name(f"{range_name(number)}.first.npy"), mmap_mode="r")[start:stop])
+            firsts = np.load(path.with_name(f"{range_name(number)}.first.npy"), mmap_mode="r")
+            first.append(np.array(firsts[start:stop]))
     return np.concatenate(later), np.concatenate(first)
 
 
@@ -159,7 +160,7 @@ def _origin(job: Job, rank: int) -> str:
     """Where the document of this rank stands."""
     unit = load_unit(job.work, rank >> _DOCUMENT_BITS)
     row = rows_of(job.work, unit.name)[rank & (2**_DOCUMENT_BITS - 1)]
-    return position(job.config.sources[unit.source], dict(unit.files)[int(row["file"])], int(row["record"]))
+    return position(job.config.sources[unit.source], unit.path(int(row["file"])), int(row["record"]))
 
 
 @lru_cache(maxsize=256)  # documents that repeat tend to stand together

@@ -120,7 +120,7 @@ def save_unit(work: Path, unit: Unit) -> None:
     write_atomically(work / "read" / f"{unit.name}.unit.json", json.dumps(dataclasses.asdict(unit)).encode())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def load_unit(work: Path, number: int) -> Unit:
     """The unit of this number, as `save_unit` left it."""
     tree = json.loads((work / "read" / f"{Unit(number, 0, ()).name}.unit.json").read_bytes())

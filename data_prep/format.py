@@ -19,7 +19,7 @@ import zlib
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -185,7 +185,7 @@ class TokenStream:
             self._shards = [_open_foreign(prefix) for prefix in foreign_prefixes(self.folder)]
         else:
             self._shards = [_open_own(self.folder, self.manifest, shard) for shard in self.manifest.shards]
-        self._files = _OpenFiles()
+        self._key = object()
         self._ends: Int64s = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self._shards else 0
         if self.num_tokens == 0:
@@ -203,6 +203,11 @@ class TokenStream:
     def eos_id(self) -> int | None:
         """The id that ends each document."""
         return self.manifest.eos_id if self.manifest else None
+
+    @property
+    def identity(self) -> str:
+        """Names what is in it: tokens, order and origins; of a dataset made elsewhere only how much."""
+        return self.manifest.sha256 if self.manifest else f"{self.num_tokens} tokens"
 
     @property
     def num_shards(self) -> int:
@@ -227,7 +232,7 @@ class TokenStream:
             first = start + filled - (int(self._ends[shard]) - here.tokens)
             size = min(count - filled, here.tokens - first)
             width = here.dtype.itemsize
-            data = self._files.read(Path(f"{here.prefix}.bin"), first * width, size * width)
+            data = _open_files().read(self._key, Path(f"{here.prefix}.bin"), first * width, size * width)
             out[filled : filled + size] = np.frombuffer(data, here.dtype)
             shard, filled = shard + 1, filled + size
         return out
@@ -283,6 +288,12 @@ class _Shard:
     dtype: np.dtype[Any]
 
 
+@lru_cache(maxsize=1)
+def _open_files() -> _OpenFiles:
+    """Those of this process: one limit for all its streams."""
+    return _OpenFiles()
+
+
 class _OpenFiles:
     """Files kept open, the last used ones: a corpus has more shards than a process may have files.
 
@@ -290,24 +301,23 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._files: OrderedDict[Path, FileIO] = OrderedDict()
+        self._files: OrderedDict[tuple[object, Path], FileIO] = OrderedDict()
 
-    def __del__(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def read(self, path: Path, start: int, count: int) -> bytes:
+    def read(self, key: object, path: Path, start: int, count: int) -> bytes:
         """Bytes [start, start + count) of a file.
+
+        Args:
+            key: of the stream: another one opens its files anew, as they may have been replaced since.
 
         Raises:
             UserError: it ends before.
         """
-        if path not in self._files:
-            self._files[path] = path.open("rb", buffering=0)
+        if (key, path) not in self._files:
+            self._files[key, path] = path.open("rb", buffering=0)
             if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(path)
-        data = os.pread(self._files[path].fileno(), count, start)
+        self._files.move_to_end((key, path))
+        data = os.pread(self._files[key, path].fileno(), count, start)
         if len(data) < count:
             raise UserError(f"{path} ends at byte {start + len(data)}", f"{count} bytes from {start} on", PREP_AGAIN)
         return data

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,13 @@ from data_prep.summary import SUMMARY, PrepSummary
 WORK = "work"
 MARK = "made-by-glam-prep"  # in WORK: says that it is ours, and may be removed
 CONFIG = "corpus.yaml"
-READY, ASSEMBLED = "ready", "assembled"  # in WORK: the parts to be published; a file that says that all are there
+READY, ASSEMBLED = "ready", "assembled.json"  # in WORK: the parts to be published; a file that says that all are there
+TRASH = ".removed-by-glam-prep"
 # In the order they are published: the summary says "complete", so it comes last.
 PARTS = ("tokenizer", "quality", "train", "heldout", "rejects", CONFIG, "data.yaml", SUMMARY)
 
 
-def find_complete(output: Path, config: CorpusConfig, source_state: str) -> PrepSummary | None:
+def find_complete(output: Path, config: CorpusConfig, made_from: dict[str, str]) -> PrepSummary | None:
     """The corpus already there, if it is this one; None if there is none.
 
     Raises:
@@ -35,7 +37,7 @@ def find_complete(output: Path, config: CorpusConfig, source_state: str) -> Prep
     summary = PrepSummary.load(output)
     there = CorpusConfig.load(output / CONFIG)
     refuse_other(_by_name(there), _by_name(config), str(output))
-    refuse_other({"source files": summary.source_state}, {"source files": source_state}, str(output))
+    refuse_other(summary.made_from, made_from, str(output))
     for dataset in summary.datasets:
         folder = output / dataset.side / dataset.source
         if not (folder / MANIFEST).is_file():
@@ -67,12 +69,10 @@ def opened(output: Path, redo: bool) -> Iterator[Path]:
         try:
             with only_writer(output):
                 _refuse_foreign(output, redo)
+                remove(output / TRASH)
                 work = output / WORK
-                if not (work / ASSEMBLED).is_file():  # then no part can be of this workspace
-                    for name in PARTS:
-                        remove(output / name)
                 work.mkdir(exist_ok=True)
-                write_atomically(work / MARK, b"")
+                (work / MARK).touch()
                 yield work
         except BaseException:
             if [path.name for path in (output / WORK).glob("*")] == [MARK]:
@@ -85,27 +85,67 @@ def opened(output: Path, redo: bool) -> Iterator[Path]:
             raise
 
 
-def publish_parts(output: Path, assembled: Path) -> None:
+def say_assembled(work: Path, makes: str) -> None:
+    """Say that all parts of the corpus of this fingerprint stand in READY."""
+    parts = [part for part in PARTS if (work / READY / part).exists()]
+    write_atomically(work / ASSEMBLED, json.dumps({"makes": makes, "parts": parts}).encode())
+
+
+def is_assembled(work: Path, makes: str) -> bool:
+    """Whether they do; what was made of another configuration does not count."""
+    path = work / ASSEMBLED
+    return path.is_file() and json.loads(path.read_bytes())["makes"] == makes
+
+
+def forget_assembled(work: Path) -> None:
+    """Something is made again: what stood ready is no longer what is wanted."""
+    remove(work / ASSEMBLED)
+    remove(work / READY)
+
+
+def publish_parts(output: Path) -> None:
     """Give what stands ready its place; may be stopped anywhere and done again."""
+    work = output / WORK
+    parts = json.loads((work / ASSEMBLED).read_bytes())["parts"]
+    if (work / READY / SUMMARY).exists():
+        remove(output / SUMMARY)  # first: an older corpus is no longer complete
     for part in PARTS:
-        if (assembled / part).exists():
+        if part not in parts:
             remove(output / part)
-            os.replace(assembled / part, output / part)
-    shutil.rmtree(output / WORK, ignore_errors=True)  # whoever comes next removes what is left
+        elif (work / READY / part).exists():
+            remove(output / part)
+            os.replace(work / READY / part, output / part)
+    _remove_work(output)
+
+
+def remove_leftover(output: Path) -> None:
+    """Remove the workspace behind a complete corpus, left by a run that was killed at its very end."""
+    if (output / WORK / MARK).is_file() or (output / TRASH).is_dir():
+        with contextlib.suppress(UserError, OSError), only_writer(output):
+            _remove_work(output)
+
+
+def _remove_work(output: Path) -> None:
+    """Under another name first, so that no half of a workspace is ever taken for one."""
+    remove(output / TRASH)
+    if (output / WORK / MARK).is_file():
+        os.replace(output / WORK, output / TRASH)
+        remove(output / TRASH)
 
 
 def _refuse_foreign(output: Path, redo: bool) -> None:
-    """Only names we write are ever removed: `output` may be a folder of the user's, by mistake."""
-    present = {path.name for path in output.iterdir()}
+    """Only what we know to be ours is ever removed: `output` may be a folder of the user's, by mistake."""
+    present = {path.name for path in output.iterdir()} - {TRASH}
     remedy = "choose another output=PATH"
     if foreign := sorted(present - {WORK, *PARTS}):
         raise UserError(f"{output} holds other files: {', '.join(foreign[:5])}", "a new or an empty folder", remedy)
-    if ours := sorted(present - {WORK}):
-        trace = (output / CONFIG).is_file() or (output / WORK).is_dir() or (output / SUMMARY).is_file()
-        if not trace:
-            raise UserError(f"{output} holds {', '.join(ours[:5])}", "a new or an empty folder", remedy)
     work = output / WORK
-    if work.exists() and not (work / MARK).is_file() and any(work.iterdir()):
+    marked = (work / MARK).is_file()
+    if work.exists() and not marked and (not work.is_dir() or any(work.iterdir())):
         raise UserError(f"{work} is not of our making", "a new or an empty folder", remedy)
+    if (ours := sorted(present - {WORK})) and not marked:
+        if SUMMARY not in present:
+            raise UserError(f"{output} holds {', '.join(ours[:5])}", "a new or an empty folder", remedy)
+        PrepSummary.load(output)  # raises if it is not ours
     if SUMMARY in present and not redo:  # it was not when we looked, before we held the lock
         raise UserError(f"{output} was completed by another process just now", "one writer", "run this again")

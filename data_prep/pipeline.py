@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,11 +30,20 @@ from configs.corpus import CorpusConfig
 from configs.errors import UserError
 from data_prep import assemble, dedup, quality, reading, tokenizing
 from data_prep.documents import Job, load_unit, save_unit
-from data_prep.output import ASSEMBLED, PARTS, READY, WORK, find_complete, opened, publish_parts
+from data_prep.output import (
+    PARTS,
+    TRASH,
+    WORK,
+    find_complete,
+    forget_assembled,
+    opened,
+    publish_parts,
+    remove_leftover,
+)
 from data_prep.progress import Reporter
 from data_prep.rules import first_fault
-from data_prep.stages import Counts, Task, Workspace, add_counts, drop_changed_stages
-from data_prep.storage import remove, sha256_file
+from data_prep.stages import Counts, Task, Workspace, add_counts, changed_stages, remove_stage
+from data_prep.storage import sha256_file
 from data_prep.summary import PrepSummary, make_table
 from data_prep.tokenizer import open_source
 from data_prep.units import Unit, cut_into_units, list_files, refine, source_state
@@ -74,62 +82,74 @@ def prepare(
 def _prepare(config: CorpusConfig, reporter: Reporter, workers: Workers, until: str, redo: bool) -> PrepSummary | None:
     output = Path(config.output)
     files = [list_files(source) for source in config.sources]
-    _refuse_own_output(files, output)
-    state = source_state(files, *_files_of_others(config))
+    files = [_outside(paths, output) for paths in files]
+    made_from = {"source files": source_state(files), **_files_of_others(config)}
     try:
-        summary = find_complete(output, config, state)
+        summary = find_complete(output, config, made_from)
     except UserError:
         if not redo:
             raise
         summary = None
     if summary is not None:
-        shutil.rmtree(output / WORK, ignore_errors=True)  # killed while it was being removed
+        remove_leftover(output)
         reporter.say(f"{output}: already prepared")
         reporter.show(summary.table())
         return summary
     load_unit.cache_clear()  # of an earlier call in this process
     dedup.rows_of.cache_clear()
     with opened(output, redo) as work:
-        making = _Making(config, files, state, Workspace(work, workers, reporter))
-        if redo and (dropped := drop_changed_stages(work, making.keys, STAGES)):
-            reporter.say(f"remaking from the stage {dropped[0]} on")
-            for left in (work / ASSEMBLED, work / READY, *(output / part for part in PARTS)):
-                remove(left)
+        making = _Making(config, files, made_from, Workspace(work, workers, reporter))
+        if redo and (changed := changed_stages(work, making.keys, STAGES)):
+            reporter.say(f"remaking from the stage {changed[0]} on")
+            forget_assembled(work)
+            for stage in changed:
+                remove_stage(work / stage)
         for stage in STAGES[: STAGES.index(until) + 1]:
             making.do(stage)
         if until != STAGES[-1]:
             reporter.say(f"stopped after the stage {until}, as asked; its files are in {work / until}")
             return None
-        summary = assemble.assemble(config, files, state, making.units, making.counts, work)
-        publish_parts(output, work / READY)
+        summary = assemble.assemble(config, files, made_from, making.units, making.counts, work)
+        publish_parts(output)
     summary = dataclasses.replace(summary, seconds=reporter.seconds)
     reporter.show(summary.table())
     return summary
 
 
-def _refuse_own_output(files: list[list[Path]], output: Path) -> None:
-    inside = str(output.resolve()) + os.sep
-    if own := next((file for paths in files for file in paths if str(file.resolve()).startswith(inside)), None):
-        found = f"the source file {own} lies in the output {output}"
-        raise UserError(found, "sources outside of it", "choose another output=PATH")
+def _outside(files: list[Path], output: Path) -> list[Path]:
+    """Without what we wrote ourselves, where a source's folder holds the output.
+
+    Raises:
+        UserError: another file lies in the output.
+    """
+    inside, ours = str(output.resolve()) + os.sep, {WORK, TRASH, *PARTS}
+    outside = []
+    for file in files:
+        whole = str(file.resolve())
+        if not whole.startswith(inside):
+            outside.append(file)
+        elif whole[len(inside) :].split(os.sep)[0] not in ours:
+            found = f"the source file {file} lies in the output {output}"
+            raise UserError(found, "sources outside of it", "choose another output=PATH")
+    return outside
 
 
-def _files_of_others(config: CorpusConfig) -> list[str]:
+def _files_of_others(config: CorpusConfig) -> dict[str, str]:
     """Hashes of the tokenizer and the classifier brought along.
 
     Raises:
         UserError: one of them is unfit: told before hours of work, not after.
     """
-    found = []
+    found = {}
     if config.tokenizer.kind != "train_sentencepiece":
         tokenizer = open_source(config.tokenizer)
-        found += [tokenizer.sha256, tokenizer.eos_token]
+        found["tokenizer file"] = f"{tokenizer.sha256} {tokenizer.eos_token}"
     for spec in {spec for number in range(len(config.sources)) for spec in config.filters_of(number)}:
         if spec.kind == "language":
             first_fault("any", [spec])
     if config.quality is not None and config.quality.kind == "classifier_file":
         quality.Classifier(config.quality.path)
-        found.append(sha256_file(Path(config.quality.path)))
+        found["classifier file"] = sha256_file(Path(config.quality.path))
     return found
 
 
@@ -139,13 +159,13 @@ class _Making:
 
     config: CorpusConfig
     files: list[list[Path]]
-    state: str
+    made_from: dict[str, str]
     space: Workspace
 
     def __post_init__(self) -> None:
         self.units: list[Unit] = cut_into_units(self.config, self.files)
         self.counts: dict[str, Counts] = {}
-        self.keys = stage_keys(self.config, self.state)
+        self.keys = stage_keys(self.config, self.made_from)
         self.deciding: tuple[str, ...] = ()  # stages so far that may drop documents
 
     def do(self, stage: str) -> None:
@@ -154,7 +174,12 @@ class _Making:
             self.space.key = {**self.space.key, stage: self.keys[stage]}
             return
         folder = self.space.open_stage(stage, self.keys[stage])
-        if (counts := self.space.finished(stage)) is None:
+        counts = self.space.finished(stage)
+        if stage == STAGES[-1] and counts is not None and not assemble.shards_are_there(counts, folder, self.config):
+            remove_stage(folder)  # they were moved to be published, and have been forgotten since
+            folder, counts = self.space.open_stage(stage, self.keys[stage]), None
+        if counts is None:
+            forget_assembled(self.space.folder)
             counts = self.space.close_stage(stage, getattr(self, f"_{stage}")(folder))
         self.counts[stage] = counts
         if stage == "read":
@@ -337,16 +362,20 @@ class _Making:
         assemble.refuse_empty(self.config, self.units, self.space.folder, self.deciding, self.counts)
 
 
-def stage_keys(config: CorpusConfig, state: str) -> dict[str, dict[str, Any]]:
-    """What decides the outcome of each stage, besides the stages before it."""
-    tree = config.model_dump(mode="json")
+def stage_keys(config: CorpusConfig, made_from: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What decides the outcome of each stage, besides the stages before it.
+
+    Args:
+        made_from: hashes of the files read.
+    """
+    tree, trains = config.model_dump(mode="json"), config.tokenizer.kind == "train_sentencepiece"
     own = ("weight", "filters", "name")
     where = {source["name"]: {k: v for k, v in source.items() if k not in own} for source in tree["sources"]}
     return {
         "read": {
             "sources": where,
             "order of sources": list(where),
-            "source files": state,
+            "source files": made_from["source files"],
             "max_document_bytes": config.max_document_bytes,
             "unit_bytes": config.unit_bytes,
         },
@@ -358,10 +387,12 @@ def stage_keys(config: CorpusConfig, state: str) -> dict[str, dict[str, Any]]:
             "seed": config.seed,
         },
         "dedup": tree["deduplicate"],
-        "quality": {"quality": tree["quality"]},
+        "quality": {"quality": tree["quality"], "classifier file": made_from.get("classifier file")},
         "tokenizer": {
             "tokenizer": tree["tokenizer"],
-            "weights": {source.name: source.weight for source in config.sources},
+            "tokenizer file": made_from.get("tokenizer file"),
+            # Of the sample that a new tokenizer is trained on.
+            "weights": {source.name: source.weight for source in config.sources if trains},
             "heldout_fraction": config.heldout_fraction,
         },
         "tokenize": {"shard_tokens": config.shard_tokens},

@@ -112,7 +112,8 @@ def _vectorizer(features: int) -> Any:
 def _telling_words(texts: list[str], features: int, weight: npt.NDArray[np.float32]) -> dict[str, list[str]]:
     """The common words of the sample that speak most for and against: what hashing alone could not tell a reader."""
     counts = Counter(word for text in texts for word in set(text.lower().split()) if word.isalpha())
-    words = sorted(word for word, count in counts.most_common(20_000) if count >= 5)
+    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:20_000]  # ties in an order of their own
+    words = sorted(word for word, count in common if count >= 5)
     if not words:
         return {"curated": [], "other": []}
     where = _vectorizer(features).transform(words)
@@ -195,7 +196,7 @@ def score_task(job: Job, classifier: Path, alpha: float) -> Counts:
     """Score a unit's documents and draw their fates."""
     rows, model = job.rows(), Classifier(classifier)
     scores, fates = np.full(len(rows), np.nan, np.float32), np.zeros(len(rows), np.uint8)
-    paths, histogram = dict(job.unit.files), np.zeros(SCORE_BINS, np.int64)
+    histogram = np.zeros(SCORE_BINS, np.int64)
     kept = kept_bytes = low = 0
     with written_atomically(job.path("quality", "rejects.jsonl")) as rejects:
         for numbers, texts in _batches(job):
@@ -208,7 +209,7 @@ def score_task(job: Job, classifier: Path, alpha: float) -> Counts:
                     kept, kept_bytes, low = kept + 1, kept_bytes + int(row["bytes"]), low + (score < 0.5)
                     continue
                 fates[number] = DROPPED
-                origin = position(job.source, paths[int(row["file"])], int(row["record"]))
+                origin = position(job.source, job.unit.path(int(row["file"])), int(row["record"]))
                 line = {"source": job.source.name, "origin": origin, "rule": "quality", "reason": f"score {score:.4f}"}
                 rejects.write(json.dumps(line).encode() + b"\n")
     save_array(job.path("quality", "scores.npy"), scores)

@@ -5,6 +5,7 @@ A record that cannot be read is yielded as a `Reject`: one bad line never costs 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import zlib
@@ -22,6 +23,7 @@ from data_prep.units import Unit
 
 _ROWS_A_BATCH = 256  # of a table, in memory at a time
 _SKIP_BYTES = 1 << 20
+_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EHOSTDOWN)
 _UNPACK_BYTES = 1 << 16  # at a time: what was unpacked in the call that meets an archive's cut is lost
 
 
@@ -91,6 +93,7 @@ def _read_text(path: Path, number: int, max_bytes: int) -> Record:
     except UnicodeDecodeError as error:
         return Reject(number, 0, f"not UTF-8: {error.reason} at byte {error.start}")
     except OSError as error:
+        _raise_if_passing(error, path)
         return Reject(number, 0, f"cannot be read: {error.strerror}")
 
 
@@ -109,6 +112,7 @@ def _read_lines(source: JsonLines, unit: Unit, number: int, path: Path, max_byte
                 else:
                     yield _parse_line(line, source.text_field, number, record)
     except (OSError, EOFError, zlib.error) as error:  # a cut or damaged archive: what came before it is kept
+        _raise_if_passing(error, path)
         yield Reject(number, record + 1, f"the file cannot be read further: {error}")
 
 
@@ -246,6 +250,18 @@ def hugging_face_rows(source: HuggingFace, path: Path, unit: Unit) -> Iterator[d
     yield from datasets.load_dataset(
         source.builder, data_files=str(path), split="train", streaming=True, **source.options
     )
+
+
+def _raise_if_passing(error: BaseException, path: Path) -> None:
+    """A disk that does not answer says nothing of the file: no reason to leave out the rest of it for good.
+
+    Raises:
+        UserError: the error is of that kind.
+    """
+    if getattr(error, "errno", None) in _PASSING:
+        raise UserError(
+            f"{path}: {error}", "a file that can be read now", "run the same command again when the disk answers"
+        ) from error
 
 
 def _too_long(number: int, record: int, size: int, most: int) -> Reject:

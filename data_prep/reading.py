@@ -19,6 +19,7 @@ from data_prep.storage import save_array, written_atomically
 
 EMPTY = "empty_after_cleaning"  # a rule of its own: nothing but white space and control characters
 _EXCERPT_CHARACTERS = 160
+_DOCUMENT_BYTES = 512  # that stages hold of a document besides its text: short ones count for more than they weigh
 _UNIT_TEXTS = 2  # a unit with more text than so many times unit_bytes is cut: an archive holds more than it weighs
 
 
@@ -36,7 +37,7 @@ def read_task(job: Job) -> Counts:
             if isinstance(record, Document):
                 documents += 1
                 size = len(record.text) if record.text.isascii() else len(record.text.encode("utf-8"))
-                text_bytes, held = text_bytes + size, held + size
+                text_bytes, held = text_bytes + size, held + size + _DOCUMENT_BYTES
             elif isinstance(record, Reject):
                 rejected += 1
                 line = {"file": record.file, "record": record.record, "reason": record.reason}
@@ -52,7 +53,6 @@ def clean_task(job: Job) -> Counts:
     rows: list[tuple[int, int, int, int, int]] = []
     fates, rules = bytearray(), Counter[str]()
     changed = kept_bytes = 0
-    paths = dict(job.unit.files)
     with written_atomically(job.path("clean", "rejects.jsonl")) as rejects:
         for record in read_unit(job.source, job.unit, job.config.max_document_bytes):
             if not isinstance(record, Document):
@@ -72,7 +72,7 @@ def clean_task(job: Job) -> Counts:
             rules[rule] += 1
             line = {
                 "source": job.source.name,
-                "origin": position(job.source, paths[record.file], record.record),
+                "origin": position(job.source, job.unit.path(record.file), record.record),
                 "rule": rule,
                 "reason": fault.detail if fault else "nothing is left of the text",
                 "excerpt": text[:_EXCERPT_CHARACTERS],

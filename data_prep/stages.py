@@ -61,16 +61,17 @@ class Workspace:
         """
         self.key = {**self.key, name: key}
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / MADE_FROM
         if path.is_file():
             there = json.loads(path.read_bytes())
             if (folder / STAGE).is_file():
                 refuse_other(there, self.key, str(folder))
             elif there != json.loads(_json(self.key)):  # begun only, by a configuration that was changed since
-                remove(folder)
-                folder.mkdir()
+                remove_stage(folder)
+        else:  # it is written first and removed first: without it, whatever is there is a half
+            remove(folder)
         if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _json(self.key))
         remove_temporary(folder)
         return folder
@@ -116,18 +117,22 @@ def refuse_other(there: Any, wanted: Any, where: str) -> None:
         )
 
 
-def drop_changed_stages(folder: Path, wanted: dict[str, dict[str, Any]], order: Sequence[str]) -> list[str]:
-    """Remove the stages whose key is not the wanted one, and all after the first such; returns their names."""
-    dropped: list[str] = []
+def remove_stage(folder: Path) -> None:
+    """Remove a stage's folder; killed on the way, it leaves what `open_stage` takes for nothing."""
+    (folder / MADE_FROM).unlink(missing_ok=True)
+    remove(folder)
+
+
+def changed_stages(folder: Path, wanted: dict[str, dict[str, Any]], order: Sequence[str]) -> list[str]:
+    """The stages that are there with another key than the wanted one, and all that are there after the first such."""
+    changed: list[str] = []
     key: dict[str, Any] = {}
     for name in order:
         key = {**key, name: wanted[name]}
         path = folder / name / MADE_FROM
-        if dropped or (path.is_file() and json.loads(path.read_bytes()) != json.loads(_json(key))):
-            if (folder / name).exists():
-                dropped.append(name)
-            remove(folder / name)
-    return dropped
+        if changed or (path.is_file() and json.loads(path.read_bytes()) != json.loads(_json(key))):
+            changed += [name] if (folder / name).exists() else []
+    return changed
 
 
 def add_counts(parts: Iterator[Counts] | Sequence[Counts]) -> Counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,7 @@ def corpus_stats(folder: Path) -> CorpusStats:
 
 def _dataset(folder: Path, row: SideSummary, weight: float) -> DatasetStats:
     stream = TokenStream(folder / row.side / row.source)
-    lengths: npt.NDArray[np.int64] = np.concatenate(
-        [np.diff(stream.documents(shard)) for shard in range(stream.num_shards)]
-    )
+    lengths, counts = _lengths(stream)
     return DatasetStats(
         row.source,
         row.side,
@@ -83,11 +82,27 @@ def _dataset(folder: Path, row: SideSummary, weight: float) -> DatasetStats:
         row.documents,
         row.tokens,
         row.text_bytes / row.tokens,
-        float(np.median(lengths)),
-        float(lengths.mean()),
-        int(lengths.max()),
-        [int(n) for n in np.histogram(lengths, _LENGTH_EDGES)[0]],
+        _median(lengths, counts),
+        float(np.average(lengths, weights=counts)),
+        int(lengths[-1]),
+        [int(n) for n in np.histogram(lengths, _LENGTH_EDGES, weights=counts)[0]],
     )
+
+
+def _lengths(stream: TokenStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The lengths of documents that occur, ascending, and how often each: far fewer than documents."""
+    found = Counter[int]()
+    for shard in range(stream.num_shards):
+        lengths, counts = np.unique(np.diff(stream.documents(shard)), return_counts=True)
+        found.update(dict(zip(lengths.tolist(), counts.tolist())))
+    pairs = sorted(found.items())
+    return np.array([length for length, _ in pairs]), np.array([count for _, count in pairs])
+
+
+def _median(lengths: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> float:
+    ends, total = np.cumsum(counts), int(counts.sum())
+    middle = np.searchsorted(ends, [(total - 1) // 2, total // 2], side="right")
+    return float(lengths[middle].mean())
 
 
 def _left_out(source: SourceSummary) -> dict[str, int]:

@@ -65,7 +65,7 @@ class PrepSummary:
 
     output: Path
     fingerprint: str
-    source_state: str
+    made_from: dict[str, str]  # hashes of the files read, by kind
     tokenizer_sha256: str
     vocab_size: int
     datasets: tuple[SideSummary, ...]

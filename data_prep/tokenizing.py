@@ -32,7 +32,7 @@ _BLOCK_BYTES = 16_384
 _MIN_BLOCK_BYTES = 64
 _BLOCKS_A_SAMPLE = 64  # so that also a small sample touches many documents
 _BIN_BITS = 20  # the finest place where shards are cut: a millionth of the corpus
-_DOCUMENTS_AT_ONCE = 1024  # put together for one write
+_DOCUMENTS_AT_ONCE = 1024  # as Python objects
 # A document of a unit's tokens: `tokens` of them from `start` on, and what the shard says of it.
 PIECE = np.dtype([("start", "<i8"), ("tokens", "<i8"), ("bytes", "<u4"), ("file", "<u4"), ("record", "<u8")])
 
@@ -161,11 +161,8 @@ def shard_task(
     documents = np.zeros(len(pieces), DOCUMENT)
     documents["file"], documents["record"] = pieces["file"], pieces["record"]
     with ShardWriter(folder, index, model.vocab_size) as writer:
-        for number, end, length, size in zip(
-            sequence.tolist(),
-            ends[sequence].tolist(),
-            pieces["tokens"][sequence].tolist(),
-            pieces["bytes"][sequence].tolist(),
-        ):
-            writer.add_document(ids[end - length : end], size, documents[number])
+        for some in np.array_split(sequence, len(sequence) // _DOCUMENTS_AT_ONCE + 1):
+            lengths, sizes = pieces["tokens"][some].tolist(), pieces["bytes"][some].tolist()
+            for number, end, length, size in zip(some.tolist(), ends[some].tolist(), lengths, sizes):
+                writer.add_document(ids[end - length : end], size, documents[number])
         return {"shard": dataclasses.asdict(writer.close())}

@@ -19,10 +19,11 @@ from configs.corpus import CorpusConfig, HuggingFace, JsonLines, Parquet, Source
 from configs.errors import UserError
 
 _COMPRESSED = (".gz", ".zst")
+_PACKED = (*_COMPRESSED, ".parquet")
 _JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
 _ENDINGS = {"jsonl": _JSONL_ENDINGS, "parquet": (".parquet",)}
 _UNPACKED = 4  # about how many bytes of text a compressed byte holds
-_MAX_FILES = 16_384  # in a unit of small files
+_MAX_FILES = 4_096  # in a unit of small files
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Unit:
     first_record: int = 0
     read_as: int = 0
     bytes: int = 0
+
+    def path(self, file: int) -> str:
+        """Of a file by its number; a unit's files follow one another."""
+        return self.files[file - self.files[0][0]][1]
 
     @property
     def name(self) -> str:
@@ -102,7 +107,7 @@ def _cut_source(source: SourceSpec, paths: list[Path], unit_bytes: int) -> Itera
     together: list[tuple[int, str]] = []
     held = 0
     for number, path in enumerate(paths):
-        size = _size(path) * (_UNPACKED if path.suffix in _COMPRESSED else 1)
+        size = _size(path) * (_UNPACKED if path.suffix in _PACKED else 1)
         if cuts := list(_cuts(source, path, size, unit_bytes)) if size > unit_bytes else []:
             if together:
                 yield tuple(together), 0, None, held
@@ -173,14 +178,9 @@ def list_files(source: SourceSpec) -> list[Path]:
     return files
 
 
-def source_state(files: list[list[Path]], *others: str) -> str:
-    """Twelve hex digits that change when a source file is added, removed, resized or touched.
-
-    Args:
-        files: of each source.
-        others: names of what else is read, each a hash.
-    """
-    digest = hashlib.sha256("\n".join(others).encode())
+def source_state(files: list[list[Path]]) -> str:
+    """Twelve hex digits that change when a file of a source is added, removed, resized or touched."""
+    digest = hashlib.sha256()
     for paths in files:
         for path in paths:
             status = path.stat()
@@ -200,7 +200,7 @@ def _globbed(path: Path, endings: tuple[str, ...]) -> list[Path]:
     if path.is_dir():
         return sorted(found for found in path.rglob("*") if found.name.endswith(endings) and found.is_file())
     named = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
-    return sorted(Path(name) for name in named if Path(name).is_file())
+    return sorted({Path(name) for name in named if Path(name).is_file()})
 
 
 def _walk(root: Path, source: TextTree) -> list[Path]:

@@ -129,7 +129,8 @@ def _summary(folder: Path) -> tuple[SideSummary, ...]:
 def _check_folder(dataset: Path, manifest: Manifest) -> Iterator[Damage]:
     if _num_sources(dataset, manifest) is None:
         yield Damage(str(dataset / SOURCES), "", "is missing or not the one that was written")
-    if (tokenizer := dataset / manifest.tokenizer).is_dir():  # a dataset may be taken elsewhere without
+    tokenizer = dataset / manifest.tokenizer
+    if tokenizer.is_dir() or (dataset.parent.parent / SUMMARY).is_file():  # a dataset may be taken elsewhere without
         yield from _check_tokenizer(tokenizer, manifest.tokenizer_sha256)
 
 

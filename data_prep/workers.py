@@ -66,7 +66,7 @@ def make_workers(count: int, mpi: bool) -> Iterator[Workers | None]:
     Args:
         count: processes of this machine; where MPI says how many there are, that counts.
     """
-    if mpi:
+    if mpi and _mpi_ranks() > 1:
         yield from _mpi_workers()
     elif count == 1:
         yield Workers(None, 1)
@@ -79,16 +79,18 @@ def make_workers(count: int, mpi: bool) -> Iterator[Workers | None]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _mpi_workers() -> Iterator[Workers | None]:
+def _mpi_ranks() -> int:
     from mpi4py import MPI  # late: importing it starts MPI
+
+    return int(MPI.COMM_WORLD.Get_size())
+
+
+def _mpi_workers() -> Iterator[Workers | None]:
+    from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 
-    ranks = MPI.COMM_WORLD.Get_size()
-    if ranks == 1:
-        yield Workers(None, 1)
-        return
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        yield Workers(executor, ranks - 1) if executor is not None else None
+        yield Workers(executor, _mpi_ranks() - 1) if executor is not None else None
 
 
 def _end_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,14 @@ def glam_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["prep"] and given[1:2] and given[1] in PREP_VIEWS:
         given[:2] = [" ".join(given[:2])]
-    return glam_parser().parse_args(given)
+    parser = glam_parser()
+    parsed, rest = parser.parse_known_args(given)
+    # argparse takes positionals in one run only; a change to the file may stand behind an option.
+    if rest and not (hasattr(parsed, "overrides") and all(re.match(r"[A-Za-z_][\w.]*=", item) for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def glam_parser() -> argparse.ArgumentParser:
@@ -116,7 +124,7 @@ def _prep_views(verb: MakeVerb) -> None:
         "glam prep verify data/demo",
     )
     verify.add_argument("folder", help="a corpus, one of its datasets, or a pair made by Megatron")
-    verify.add_argument("--workers", type=int, default=2)
+    verify.add_argument("--workers", type=int, choices=range(1, 257), default=2, metavar="N", help="1 to 256")
     verify.add_argument("--json", action="store_true", help=JSON_HELP)
     explain = verb(
         "prep explain",

@@ -63,6 +63,13 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
     start, cursor, begun = _nearest_cursor(run_dir, step)
     layout = start["layout"]
     sampler = Sampler(DataConfig.check(start["data"], str(run_dir)), start["sequence_length"], cursor)
+    for name, source in sampler.sources.items():
+        if source.stream.identity != start["datasets"].get(name):
+            raise UserError(
+                f"data source {name!r}: {source.stream.folder} has been made again since step {step}",
+                f"the data set the run read ({start['datasets'].get(name)})",
+                "put back what was there, or prepare it again with the same configuration",
+            )
     sequences = start["batch_tokens"] // start["sequence_length"]
     for _ in range(begun, step - 1):
         sampler.next_batch(sequences)
@@ -97,7 +104,11 @@ def _nearest_cursor(run_dir: Path, step: int) -> tuple[dict[str, Any], Cursor, i
     if not starts or not 1 <= step <= reached:
         found = f"--step {step} of {run_dir}, which has recorded steps 1 to {reached}"
         raise UserError(found, "a step that was made", "mend --step; steps are counted from 1, as in the log")
-    start = [r for r in starts if r["step"] < step][-1]
+    before = [r for r in starts if r["step"] < step]
+    if not before:
+        found = f"--step {step}: made before runs recorded what they read"
+        raise UserError(found, f"a step behind {starts[0]['step']}", "mend --step")
+    start = before[-1]
     since = records[records.index(start) :]
     cursors = [r for r in since if "cursor" in r and start["step"] <= r["step"] < step]
     return start, Cursor(**cursors[-1]["cursor"]), cursors[-1]["step"]

@@ -92,6 +92,7 @@ def data_record(run: Run) -> dict[str, Any]:
     return {
         "cursor": dataclasses.asdict(run.sampler.cursor),
         "data": run.config.data.model_dump(mode="json"),
+        "datasets": {name: source.stream.identity for name, source in run.sampler.sources.items()},
         "sequence_length": run.config.train.sequence_length,
         "batch_tokens": run.config.train.batch_tokens,
         "layout": {"data": t.data, "tensor": t.tensor, "pipeline": t.pipeline},

@@ -79,7 +79,7 @@ def prep_explain(args: Any) -> None:
 def prep_stats(args: Any) -> None:
     from data_prep.stats import corpus_stats, plot_stats, stats_tables
 
-    folder = Path(args.folder)
+    folder = Path(args.folder).resolve()
     stats = corpus_stats(folder)
     picture = plot_stats(stats, Path(args.out) if args.out else folder.with_name(f"{folder.name}.stats.png"))
     if args.json:

@@ -334,9 +334,9 @@ def test_redo_after_a_stop_in_the_last_step(
     """Some files have left the stages that made them, some are published: neither is missed, nor left behind."""
     bad = write(tmp_path / "bad.jsonl", as_lines(texts(40, seed=3)))
 
-    def stop(output: Path, ready: Path) -> None:
+    def stop(output: Path) -> None:
         for part in PARTS[:published]:
-            os.replace(ready / part, output / part)
+            os.replace(output / "work" / "ready" / part, output / part)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -292,7 +292,6 @@ def test_the_state_of_sources_changes_with_any_file(tmp_path: Path) -> None:
 
     def states() -> Iterator[str]:
         yield source_state([list_files(source)])
-        yield source_state([list_files(source)], "a tokenizer")
         yield source_state([list_files(source), []])
         yield source_state([list_files(replace_pattern(source, "a.txt"))])
         os.utime(tmp_path / "a.txt", ns=(10**18, 10**18 + 1))

@@ -29,6 +29,7 @@ def run_steps(
     with Metrics(run_dir, first - 1, 100) as metrics:
         start = {"data": data.model_dump(mode="json"), "sequence_length": S, "batch_tokens": S * SEQUENCES}
         cursor_now = {"cursor": dataclasses.asdict(sampler.cursor)}
+        start["datasets"] = {name: source.stream.identity for name, source in sampler.sources.items()}
         metrics.write("event", first - 1, {"event": "started", **cursor_now, **start, "layout": layout})
         for step in range(first, last + 1):
             fed.append(sampler.read(sampler.next_batch(SEQUENCES)))
