@@ -163,7 +163,7 @@ def _origin(job: Job, rank: int) -> str:
     return position(job.config.sources[unit.source], unit.path(int(row["file"])), int(row["record"]))
 
 
-@lru_cache(maxsize=256)  # documents that repeat tend to stand together
+@lru_cache(maxsize=32)  # documents that repeat tend to stand together; each holds a file open
 def rows_of(work: Path, unit: str) -> Rows:
     """The rows of a unit, mapped."""
     return np.load(work / "clean" / f"{unit}.rows.npy", mmap_mode="r")  # type: ignore[no-any-return]
