@@ -99,7 +99,7 @@ def _nearest_cursor(run_dir: Path, step: int) -> tuple[dict[str, Any], Cursor, i
     records = read_metrics(run_dir)
     if not records:
         raise UserError(f"{run_dir} has no metrics.jsonl", "the folder of a run that has started", "check the path")
-    starts = [r for r in records if r.get("event") == "started" and "data" in r]
+    starts = [r for r in records if r.get("event") == "started" and "datasets" in r]
     reached = max(record["step"] for record in records)
     if not starts or not 1 <= step <= reached:
         found = f"--step {step} of {run_dir}, which has recorded steps 1 to {reached}"

@@ -52,7 +52,7 @@ def test_the_corpus_takes_every_stage(undisturbed: tuple[Path, dict[str, str]], 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"workers": 2}, {"workers": 4, "unit_bytes": 15_000}, {"unit_bytes": 10**9}, {"unit_bytes": 3_000}],
+    [{"workers": 2}, {"workers": 4, "unit_bytes": 15_000}, {"unit_bytes": 10**9}, {"unit_bytes": 8_000}],
     ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()),
 )
 def test_neither_workers_nor_units_change_a_byte(
