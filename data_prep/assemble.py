@@ -15,7 +15,7 @@ import numpy as np
 from configs.base import fingerprint_of
 from configs.corpus import CorpusConfig, JsonLines, SourceSpec, TextTree
 from configs.errors import UserError
-from data_prep.documents import Job, heldout_limit, position
+from data_prep.documents import Job, heldout_limit, origin, reject_line
 from data_prep.manifest import ShardInfo, write_manifest
 from data_prep.output import CONFIG, READY, is_assembled, say_assembled
 from data_prep.quality import CLASSIFIER
@@ -133,13 +133,7 @@ def _gather_rejects(config: CorpusConfig, units: list[Unit], counts: dict[str, C
     with written_atomically(to / "read.jsonl") as out:
         for unit in _as_read(config, units):
             for found in _json_lines(work / "read" / f"{unit.name}.rejects.jsonl"):
-                reject = {
-                    "source": config.sources[unit.source].name,
-                    "origin": _read_origin(config, unit, found),
-                    "rule": "unreadable",
-                    "reason": found["reason"],
-                }
-                out.write(json.dumps(reject).encode() + b"\n")
+                out.write(reject_line(config, unit, _read_place(unit, found), "unreadable", found["reason"]))
     for stage in (stage for stage in ("clean", "dedup", "quality") if stage in counts):
         with written_atomically(to / f"{stage}.jsonl") as out:
             for unit in units:
@@ -213,7 +207,7 @@ def first_rejects(config: CorpusConfig, units: list[Unit], work: Path, name: str
     own = [unit for unit in units if config.sources[unit.source].name == name]
     for unit in _as_read(config, own):
         for found in _json_lines(work / "read" / f"{unit.name}.rejects.jsonl"):
-            shown.append(f"{_read_origin(config, unit, found)}: {found['reason']}")
+            shown.append(f"{origin(config, unit, *_read_place(unit, found))}: {found['reason']}")
             if len(shown) == _SHOWN:
                 return "; ".join(shown)
     for unit in own:
@@ -230,6 +224,6 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in file)
 
 
-def _read_origin(config: CorpusConfig, unit: Unit, found: dict[str, Any]) -> str:
-    """Where a record stands that the stage `read` left out: it counted from the unit's start."""
-    return position(config.sources[unit.source], unit.path(found["file"]), unit.first_record + found["record"])
+def _read_place(unit: Unit, found: dict[str, Any]) -> tuple[int, int]:
+    """File and record that the stage `read` left out: it counted from the unit's start."""
+    return found["file"], unit.first_record + found["record"]

@@ -13,7 +13,6 @@ Keys have 64 bits: among a billion documents the chance that one is lost to a co
 
 from __future__ import annotations
 
-import json
 from array import array
 from functools import lru_cache
 from itertools import islice
@@ -25,7 +24,7 @@ import rensa
 import xxhash
 
 from configs.corpus import NearDuplicates
-from data_prep.documents import KEPT, Job, Rows, left_documents, load_unit, position
+from data_prep.documents import KEPT, Job, Rows, left_documents, load_unit, origin, reject_line
 from data_prep.stages import Counts
 from data_prep.storage import save_array, written_atomically
 
@@ -123,14 +122,10 @@ def judge_task(job: Job, ranges: int) -> Counts:
     places = (later[which] & np.uint64(2**_DOCUMENT_BITS - 1)).astype(np.int64)
     fates[places] = np.where(near, NEAR, EXACT)
     with written_atomically(job.path("dedup", "rejects.jsonl")) as rejects:
-        for place, of, is_near in zip(places.tolist(), (first[which] & ~_NEAR_BIT).tolist(), near.tolist()):
-            line = {
-                "source": job.source.name,
-                "origin": position(job.source, job.unit.path(int(rows["file"][place])), int(rows["record"][place])),
-                "rule": "near_duplicate" if is_near else "exact_duplicate",
-                "reason": f"like {_origin(job, of)}",
-            }
-            rejects.write(json.dumps(line).encode() + b"\n")
+        for number, of, is_near in zip(places.tolist(), (first[which] & ~_NEAR_BIT).tolist(), near.tolist()):
+            place = int(rows["file"][number]), int(rows["record"][number])
+            rule = "near_duplicate" if is_near else "exact_duplicate"
+            rejects.write(reject_line(job.config, job.unit, place, rule, f"like {_origin(job, of)}"))
     save_array(job.path("dedup", "fates.npy"), fates)
     kept = left & (fates == KEPT)
     return {
@@ -160,7 +155,7 @@ def _origin(job: Job, rank: int) -> str:
     """Where the document of this rank stands."""
     unit = load_unit(job.work, rank >> _DOCUMENT_BITS)
     row = rows_of(job.work, unit.name)[rank & (2**_DOCUMENT_BITS - 1)]
-    return position(job.config.sources[unit.source], unit.path(int(row["file"])), int(row["record"]))
+    return origin(job.config, unit, int(row["file"]), int(row["record"]))
 
 
 @lru_cache(maxsize=32)  # documents that repeat tend to stand together; each holds a file open

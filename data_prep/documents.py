@@ -29,7 +29,6 @@ ROW = np.dtype([
     ("side", "<u8"), ("order", "<u8"), ("file", "<u4"), ("record", "<u8"), ("bytes", "<u4"),
 ])  # fmt: skip
 Rows = npt.NDArray[np.void]
-Fates = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,20 @@ def heldout_limit(config: CorpusConfig) -> int:
     return int(config.heldout_fraction * 2**64)
 
 
-def position(source: SourceSpec, path: str, record: int) -> str:
-    """A document's place as people write it: the file, or file:line, or file:row, counted from 1."""
-    return path if isinstance(source, TextTree) else f"{path}:{record + 1}"
+def origin(config: CorpusConfig, unit: Unit, file: int, record: int) -> str:
+    """A record's place as people write it: the file, or file:line, or file:row, counted from 1."""
+    path = unit.path(file)
+    return path if isinstance(config.sources[unit.source], TextTree) else f"{path}:{record + 1}"
+
+
+def reject_line(config: CorpusConfig, unit: Unit, place: tuple[int, int], rule: str, reason: str, **more: str) -> bytes:
+    """A line of `rejects/STAGE.jsonl`, the same in every stage.
+
+    Args:
+        place: file and record.
+    """
+    where = {"source": config.sources[unit.source].name, "origin": origin(config, unit, *place)}
+    return json.dumps({**where, "rule": rule, "reason": reason, **more}).encode() + b"\n"
 
 
 def save_unit(work: Path, unit: Unit) -> None:

@@ -219,7 +219,7 @@ class _Making:
         path = folder / quality.CLASSIFIER if spec.kind == "train_classifier" else Path(spec.path)
         tasks = [
             Task(unit.name, quality.score_task, (self._job(unit), path, spec.pareto_alpha), unit.bytes)
-            if self.config.sources[unit.source].name in spec.filter
+            if self._name(unit) in spec.filter
             else Task(unit.name, quality.pass_task, (self._job(unit),), unit.bytes)
             for unit in self.units
         ]
@@ -228,19 +228,14 @@ class _Making:
 
     def _train_classifier(self, spec: Any, folder: Path) -> Counts:
         kept = self.counts["dedup"]["sources"]
-        classes = {name: members for name, members in (("curated", spec.curated), ("other", spec.filter))}
+        classes = {"curated": spec.curated, "other": spec.filter}
         share: dict[str, float] = {}
         for members in classes.values():
             held = sum(kept[name]["bytes"] for name in members)
             share |= {name: min(1.0, spec.sample_bytes / max(1, held)) for name in members}
-        units = [unit for unit in self.units if self.config.sources[unit.source].name in share]
+        units = [unit for unit in self.units if self._name(unit) in share]
         tasks = [
-            Task(
-                f"{unit.name}.sample",
-                quality.sample_task,
-                (self._job(unit), share[self.config.sources[unit.source].name]),
-                unit.bytes,
-            )
+            Task(f"{unit.name}.sample", quality.sample_task, (self._job(unit), share[self._name(unit)]), unit.bytes)
             for unit in units
         ]
         self.space.run("quality: sample", folder, tasks)
@@ -253,12 +248,12 @@ class _Making:
 
     def _tokenizer(self, folder: Path) -> Counts:
         spec, samples = self.config.tokenizer, []
-        self._refuse_empty()
+        assemble.refuse_empty(self.config, self.units, self.space.folder, self.deciding, self.counts)
         if spec.kind == "train_sentencepiece":
-            left = self._left_bytes()
+            left = self.counts[self.deciding[-1]]["sources"]
             total = sum(source.weight for source in self.config.sources)
             share = {
-                source.name: min(1.0, spec.sample_bytes * source.weight / total / max(1, left[source.name]))
+                source.name: min(1.0, spec.sample_bytes * source.weight / total / max(1, left[source.name]["bytes"]))
                 for source in self.config.sources
             }
             tasks = [
@@ -336,10 +331,6 @@ class _Making:
         }
         return {"sources": sources}
 
-    def _left_bytes(self) -> dict[str, int]:
-        last = self.counts[self.deciding[-1]]["sources"]
-        return {name: int(last[name]["bytes"]) for name in last}
-
     def _refuse_rejects(self, counts: Counts) -> None:
         most = self.config.max_reject_fraction
         for name, found in counts["sources"].items():
@@ -356,7 +347,3 @@ class _Making:
 
     def _first_rejects(self, name: str) -> str:
         return assemble.first_rejects(self.config, self.units, self.space.folder, name)
-
-    def _refuse_empty(self) -> None:
-        """Each source must have something to train on, and there must be something to measure on."""
-        assemble.refuse_empty(self.config, self.units, self.space.folder, self.deciding, self.counts)

@@ -25,7 +25,7 @@ import xxhash
 
 from configs.corpus import QualityTraining
 from configs.errors import UserError
-from data_prep.documents import KEPT, Job, left_documents, position
+from data_prep.documents import KEPT, Job, left_documents, reject_line
 from data_prep.stages import Counts
 from data_prep.storage import save_array, write_atomically, written_atomically
 
@@ -56,7 +56,7 @@ def sample_task(job: Job, fraction: float) -> Counts:
 
 
 def train_task(spec: QualityTraining, seed: int, curated: list[Path], other: list[Path], folder: Path) -> Counts:
-    """Train on the samples and measure on those held out; writes `classifier.safetensors`."""
+    """Train on each half of the samples and measure on the other; writes `classifier.safetensors`."""
     from sklearn.linear_model import SGDClassifier
     from sklearn.metrics import roc_auc_score
 
@@ -209,9 +209,8 @@ def score_task(job: Job, classifier: Path, alpha: float) -> Counts:
                     kept, kept_bytes, low = kept + 1, kept_bytes + int(row["bytes"]), low + (score < 0.5)
                     continue
                 fates[number] = DROPPED
-                origin = position(job.source, job.unit.path(int(row["file"])), int(row["record"]))
-                line = {"source": job.source.name, "origin": origin, "rule": "quality", "reason": f"score {score:.4f}"}
-                rejects.write(json.dumps(line).encode() + b"\n")
+                place = int(row["file"]), int(row["record"])
+                rejects.write(reject_line(job.config, job.unit, place, "quality", f"score {score:.4f}"))
     save_array(job.path("quality", "scores.npy"), scores)
     save_array(job.path("quality", "fates.npy"), fates)
     dropped = int((fates != KEPT).sum())

@@ -184,14 +184,17 @@ def _read_parquet(source: Parquet, unit: Unit, number: int, path: Path) -> Itera
             for group in range(unit.start, unit.stop if unit.stop is not None else file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows - skip
                 if rows > 0:
-                    yield from _read_row_group(file, group, skip, source.text_field, number, record)
+                    yield from _read_row_group(file, path, group, skip, source.text_field, number, record)
                     record += rows
                 skip = max(0, -rows)
     except (OSError, pyarrow.ArrowException) as error:
+        _raise_if_passing(error, path)
         yield Reject(number, record, f"the file cannot be read further: {_one_line(error)}")
 
 
-def _read_row_group(file: Any, group: int, skip: int, field: str, number: int, record: int) -> Iterator[Record]:
+def _read_row_group(
+    file: Any, path: Path, group: int, skip: int, field: str, number: int, record: int
+) -> Iterator[Record]:
     """As many records as it has rows behind the first `skip`, whatever is wrong with it: those of others keep their
     numbers."""
     import pyarrow
@@ -205,6 +208,7 @@ def _read_row_group(file: Any, group: int, skip: int, field: str, number: int, r
                 record += 1
             skip = max(0, skip - batch.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
+        _raise_if_passing(error, path)
         fault = f"row group {group} cannot be read further: {_one_line(error)}"
     yield from (Reject(number, lost, fault) for lost in range(record, end))
 
@@ -225,6 +229,7 @@ def _read_hugging_face(source: HuggingFace, unit: Unit, number: int, path: Path)
     except UserError:
         raise
     except Exception as error:  # each loader has errors of its own
+        _raise_if_passing(error, path)
         yield Reject(number, record, f"the file cannot be read further: {type(error).__name__}: {_one_line(error)}")
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from data_prep.documents import KEPT, ROW, Job, cleaned, digest, position
+from data_prep.documents import KEPT, ROW, Job, cleaned, digest, reject_line
 from data_prep.readers import Document, Reject, read_unit
 from data_prep.rules import first_fault, rule_names
 from data_prep.stages import Counts
@@ -70,14 +70,9 @@ def clean_task(job: Job) -> Counts:
                 continue
             fates.append(fate_of.get(rule, 255))
             rules[rule] += 1
-            line = {
-                "source": job.source.name,
-                "origin": position(job.source, job.unit.path(record.file), record.record),
-                "rule": rule,
-                "reason": fault.detail if fault else "nothing is left of the text",
-                "excerpt": text[:_EXCERPT_CHARACTERS],
-            }
-            rejects.write(json.dumps(line).encode() + b"\n")
+            reason = fault.detail if fault else "nothing is left of the text"
+            place, excerpt = (record.file, record.record), text[:_EXCERPT_CHARACTERS]
+            rejects.write(reject_line(job.config, job.unit, place, rule, reason, excerpt=excerpt))
     save_array(job.path("clean", "rows.npy"), np.array(rows, ROW))
     save_array(job.path("clean", "fates.npy"), np.frombuffer(fates, np.uint8))
     counts = {"documents": len(rows), "kept": len(rows) - rules.total(), "bytes": kept_bytes, "changed": changed}

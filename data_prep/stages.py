@@ -2,7 +2,8 @@
 
     work/<stage>/…            what its tasks leave; names are the tasks' own
     work/<stage>/<task>.json  the counts of one task: its presence says that the task is done
-    work/<stage>/stage.json   the counts of the whole stage and what they were made from
+    work/<stage>/made_from.json  the configuration and files that decide its outcome: written first, removed first
+    work/<stage>/stage.json   the counts of the whole stage: its presence says that the stage is done
 
 A task is a pure function of the sources and of the files of earlier stages, so doing one again changes nothing.
 """
