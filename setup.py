@@ -48,7 +48,7 @@ setup(
             "zstandard>=0.22",  # writes the archives that tests read
             "py3langid>=0.4",
             "transformers>=5.0,<6",  # peer of the benchmarks, and the twin `configs/modern.yaml` is tested against
-        ]
+        ],
     },
     entry_points={"console_scripts": ["glam=pretrain.cli:main"]},
 )

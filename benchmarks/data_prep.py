@@ -1,10 +1,10 @@
 """How fast is the way from raw text to shards, and what bounds it?
 
-    tokenize  the tokenize stage (read, check, encode, shuffle, write shards) a core, against the tokenizer alone,
-              Megatron-LM's way and datatrove's step, on the same lines with the same vocabulary, one process each
-    stages    every stage at three sizes of the corpus, on all workers: is the cost linear, which stage bounds?
-    memory    the fullest worker of a whole preparation at three sizes
-    start     from a data section to the first batch of a data set of a billion tokens (a sparse file)
+tokenize  the tokenize stage (read, check, encode, shuffle, write shards) a core, against the tokenizer alone,
+          Megatron-LM's way and datatrove's step, on the same lines with the same vocabulary, one process each
+stages    every stage at three sizes of the corpus, on all workers: is the cost linear, which stage bounds?
+memory    the fullest worker of a whole preparation at three sizes
+start     from a data section to the first batch of a data set of a billion tokens (a sparse file)
 """
 
 from __future__ import annotations

@@ -110,9 +110,7 @@ def prepare_once(lines: str, curated: str, output: str, vocab_size: str, workers
     """A whole preparation: seconds of each stage, and the resident memory of the fullest worker."""
     from data_prep.pipeline import prepare
 
-    summary = prepare(
-        corpus_config(Path(lines), Path(output), "unigram", int(vocab_size), int(workers), Path(curated))
-    )
+    summary = prepare(corpus_config(Path(lines), Path(output), "unigram", int(vocab_size), int(workers), Path(curated)))
     assert summary is not None
     read = sum(source.stages["read"]["bytes"] for source in summary.sources)
     who = resource.RUSAGE_SELF if workers == "1" else resource.RUSAGE_CHILDREN

@@ -66,9 +66,7 @@ class Raw:
         import sentencepiece
 
         self._texts = ours.texts
-        self._model = sentencepiece.SentencePieceProcessor(
-            model_file=str(ours.tokenizer_folder / "tokenizer.model")
-        )
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(ours.tokenizer_folder / "tokenizer.model"))
 
     def step(self) -> None:
         for text in self._texts:

@@ -63,7 +63,12 @@ class TrainConfig(Strict):
     eval_every_steps: int = Field(default=1000, ge=1)
     eval_sequences: int = Field(default=256, ge=1)  # of the held-out data, all ranks together
     save_every_steps: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=3, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)  # the newest so many
+    keep_every_steps: int | None = Field(default=None, ge=1)  # and those of every so many steps, for good
+    # Go on while a checkpoint is written, at the price of a copy of the optimizer's state in main memory meanwhile.
+    async_save: bool = True
+    # A checkpoint folder, or a run whose newest is meant: the weights that a new run begins with, at any layout.
+    start_from: str | None = None
     stop_after_steps: int | None = Field(default=None, ge=1)  # save and leave with exit code 3 after so many this time
     seed: int = Field(default=0, ge=0, lt=2**32)
 

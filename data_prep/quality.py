@@ -178,9 +178,7 @@ class Classifier:
         return _probability(logits[np.arange(len(texts)), [key % FOLDS for key in keys]])
 
 
-def _logits(
-    features: Any, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
+def _logits(features: Any, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """[documents, FOLDS]. One product a fold: a sparse matrix times a vector adds up in one order on any machine."""
     return np.stack([np.asarray(features @ weight[fold] + bias[fold]) for fold in range(FOLDS)], axis=1)
 

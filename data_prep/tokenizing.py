@@ -1,9 +1,9 @@
 """Stages `tokenizer` and `tokenize`: the vocabulary, then tokens in shuffled shards.
 
-    sample   a unit's share of the text the tokenizer is trained on
-    encode   a unit's tokens, sorted by the seeded order of documents, one file for each side
-    shard    one shard: the slices of all units that belong to it, merged (so any corpus is shuffled by writing its
-             tokens twice; each shard opens every unit of its source)
+sample   a unit's share of the text the tokenizer is trained on
+encode   a unit's tokens, sorted by the seeded order of documents, one file for each side
+shard    one shard: the slices of all units that belong to it, merged (so any corpus is shuffled by writing its
+         tokens twice; each shard opens every unit of its source)
 """
 
 from __future__ import annotations

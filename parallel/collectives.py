@@ -11,6 +11,11 @@ from torch import Tensor
 from configs.errors import UserError
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():
@@ -38,14 +43,8 @@ def same_on_all_ranks(value: Any) -> Any:
 
 def raise_together(error: UserError | None) -> None:
     """If any rank met a UserError, every rank raises one (the lowest rank's), so that none is left waiting."""
-    if not dist.is_initialized():
-        if error:
-            raise error
-        return
-    found: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (error.found, error.expected, error.remedy) if error else None)
-    if first := next((parts for parts in found if parts), None):
-        raise UserError(*first)
+    if first := next((met for met in gather_on_all(error) if met), None):
+        raise first
 
 
 def barrier() -> None:
@@ -61,3 +60,22 @@ def gather_on_first(value: Any) -> list[Any] | None:
     found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, found, dst=0)
     return found
+
+
+def gather_on_all(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def scatter_from_first(values: list[Any] | None) -> Any:
+    """This rank's of the values that rank 0 gives, one for each rank. Picklable; they never touch a disk."""
+    if not dist.is_initialized():
+        assert values is not None
+        return values[0]
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, values if dist.get_rank() == 0 else None, src=0)
+    return box[0]

@@ -65,6 +65,9 @@ class Engine:
         self._lr = 0.0
         self._accept: Callable[[float, float], bool] = lambda cross_entropy, norm: True
         self._result: StepResult | None = None
+        # Asked before each update, which changes what forward and backward passes only read: a snapshot of the state
+        # may be under way until then.
+        self.before_update: Callable[[], None] = lambda: None
         # DeepSpeed binds each instruction of its schedule to itself; ours have their own self.
         own_steps = {
             ReduceTiedGrads: lambda _: self._complete_gradients(),
@@ -133,6 +136,7 @@ class Engine:
         self._result = StepResult(cross_entropy, norm, applied)
 
     def _apply(self, norm: float) -> None:
+        self.before_update()
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr
         if gradients.is_sharded(self._optimizer):

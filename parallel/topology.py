@@ -73,6 +73,10 @@ class Topology:
         """Whether experts are spread, or replicated, over other ranks than everything else is."""
         return self.expert > 1 or (self.tensor > 1 and not self.expert_tensor)
 
+    def degrees(self) -> dict[str, int | bool]:
+        """The layout, seen from nowhere."""
+        return {key: value for key, value in vars(self).items() if key != "rank"}
+
     def at(self, rank: int) -> Topology:
         """The same layout, seen from another rank."""
         return replace(self, rank=rank)

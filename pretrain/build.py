@@ -26,7 +26,9 @@ from parallel.sharding import cut
 from parallel.tensor import split_tensors
 from parallel.topology import Topology
 from pretrain import budget
-from pretrain.checkpoint import Checkpoints, complete_checkpoints, read_for_model
+from pretrain.checkpoint import Checkpoints, Restored
+from pretrain.checkpoint_checks import read_for_start, read_newest_readable
+from pretrain.checkpoint_folders import CHECKPOINTS, find_checkpoint
 from pretrain.data import HeldOut, Sampler, check_vocabulary
 from pretrain.machine import keep_freed_memory, refuse_if_too_small
 from pretrain.metrics import Metrics
@@ -46,7 +48,8 @@ class Run:
     heldout_bytes: int | None
     checkpoints: Checkpoints
     state: TrainState
-    resumed_from: Path | None
+    restored: Restored | None
+    started_from: Path | None  # whose weights a new run began with
     metrics: Metrics | None  # on rank 0
     stop: StopRequest
     start_seconds: dict[str, float] = field(default_factory=dict)  # parts of the start, for the log
@@ -97,9 +100,11 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         clock.mark("model")
         engine = Engine(part, config, device)
         clock.mark("engine")
-        checkpoints = Checkpoints(config)
-        restored = checkpoints.restore(engine)
-        folder, state = restored if restored else (None, TrainState())
+        checkpoints = Checkpoints(config, sampler.tokenizers, env.local_world_size)
+        restored, started_from = checkpoints.restore(engine), None
+        if restored is None and config.train.start_from:
+            started_from = checkpoints.start_from(engine, Path(config.train.start_from))
+        state = restored.state if restored else TrainState()
         sampler.resume(state.cursor)
         clock.mark("checkpoint")
         heldout_bytes = heldout.text_bytes() if heldout and topology.rank == 0 else None
@@ -114,7 +119,8 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
                 heldout_bytes,
                 checkpoints,
                 state,
-                folder,
+                restored,
+                started_from,
                 metrics,
                 stop,
                 clock.seconds,
@@ -157,9 +163,11 @@ def look_ahead(config: RunConfig, topology: Topology) -> tuple[UserError | None,
     try:
         opened = open_data(config, topology)
         run_dir = Path(config.run_dir)
-        refuse_unwritable(run_dir)
-        if found := complete_checkpoints(run_dir):
-            read_for_model(found[-1], config.model)
+        refuse_unwritable(run_dir, "run_dir")
+        refuse_unwritable(run_dir / CHECKPOINTS, "checkpoints in run_dir")
+        read_newest_readable(run_dir, config.model, opened[0].tokenizers)
+        if config.train.start_from:
+            refuse_unfit_start(config)
     except UserError as error:
         return error, None
     return None, opened
@@ -198,12 +206,20 @@ def make_heldout(config: RunConfig, multiple: int = 1, least: int = 1) -> HeldOu
     return heldout
 
 
-def refuse_unwritable(run_dir: Path) -> None:
+def refuse_unfit_start(config: RunConfig) -> None:
+    """Weights to begin with that cannot become this model's."""
+    assert config.train.start_from is not None
+    with torch.device("meta"):
+        names = [name for name, _ in GLaM(config.model).named_parameters()]
+    read_for_start(find_checkpoint(Path(config.train.start_from)), config.model, names)
+
+
+def refuse_unwritable(folder: Path, what: str) -> None:
     """Said before the ranks meet, as later only rank 0 would notice."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
-            f"run_dir={run_dir}: {there} is no folder that can be written",
+            f"{what}={folder}: {there} is no folder that can be written",
             "a folder, or a place for one",
             "mend its permissions, or set run_dir=... to another",
         )

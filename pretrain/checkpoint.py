@@ -1,118 +1,303 @@
-"""The checkpoints of a run: which are there, save, load, retention.
-
-checkpoints/step-00000100/          complete; made by one rename
-checkpoints/step-00000200.partial/  being written, or left by a run that died: never read, removed by the next save
-"""
+"""The checkpoints of one run: saved beside training, committed, thinned out; verified and restored."""
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
-from configs.base import differences
 from configs.errors import UserError
 from configs.model import ModelConfig
 from configs.run import RunConfig
 from parallel import checkpoint_store as store
 from parallel import collectives
-from parallel.checkpoint_store import CheckpointException
+from parallel.checkpoint_files import verify
+from parallel.checkpoint_manifest import Damaged, Manifest
+from parallel.checkpoint_plan import Plan, Tensors, make_plan
+from parallel.checkpoint_write import Write, sync_folder, write_refused
 from parallel.engine import Engine
+from parallel.mailbox import Mailbox
+from pretrain.checkpoint_checks import no_sound_checkpoint, read_for_model, read_for_run, read_for_start
+from pretrain.checkpoint_folders import (
+    CHECKPOINTS,
+    checkpoint_name,
+    complete_checkpoints,
+    find_checkpoint,
+    remove_partial,
+    to_be_dropped,
+)
+from pretrain.incarnation import Incarnation
 from pretrain.state import TrainState
 
-_NAME = re.compile(r"step-(\d{8})")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM_FOR_INDEX = 1.02  # heads of files and the manifest, beside the tensors' own bytes
+_SPARE_MEMORY = 1.25  # of what a snapshot takes, to be free for it
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first. Nothing is opened."""
-    folder = run_dir / "checkpoints"
-    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed.
+
+    Attributes:
+        bytes: of tensors, all ranks together.
+        seconds: from the call to the commit.
+        stall_s: of these, how long training stood still for it.
+        copied_bytes: memory the snapshot of rank 0 took meanwhile.
+    """
+
+    folder: Path
+    step: int
+    bytes: int
+    seconds: float
+    stall_s: float
+    copied_bytes: int
 
 
-def read_for_model(folder: Path, model: ModelConfig) -> store.Manifest:
-    """The manifest, if the checkpoint is whole and holds this very model; else a UserError naming what differs."""
-    manifest = store.Manifest.read(folder)
-    stored, wanted = manifest.document.get("config", {}).get("model"), model.model_dump(mode="json")
-    if stored != wanted:
-        differ = differences(stored or {}, wanted, "model")
-        raise UserError(
-            f"{folder} holds another model: "
-            + "; ".join(f"{key} is {a!r} there, {b!r} here" for key, a, b in differ[:5]),
-            "a checkpoint of the model that is configured",
-            "restore these keys, or choose another run_dir=... for the new model",
-        )
-    return manifest
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on from.
+
+    Attributes:
+        bytes: of tensors read by this rank.
+        damaged: newer checkpoints that were passed over -> what was wrong with each.
+    """
+
+    folder: Path
+    state: TrainState
+    bytes: int
+    verify_s: float
+    load_s: float
+    damaged: dict[Path, list[str]]
+
+
+class _Saving:
+    """A save under way."""
+
+    def __init__(self, write: Write, partial: Path, final: Path, step: int, began: float) -> None:
+        self.write, self.partial, self.final, self.step, self.began = write, partial, final, step, began
+        self.stall_s = 0.0
 
 
 class Checkpoints:
-    """Saves and restores one run. All ranks call each method together."""
+    """Saves and restores one run. All ranks call each method together, `poll` excepted.
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.folder = config, Path(config.run_dir) / "checkpoints"
+    Args:
+        tokenizers: sha256 of each data source's, kept in each checkpoint.
+        local_world_size: ranks that share this machine's memory.
+    """
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Write aside, then commit by one rename; older ones beyond `keep_checkpoints` go.
+    def __init__(
+        self, config: RunConfig, tokenizers: Mapping[str, str | None] | None = None, local_world_size: int = 1
+    ) -> None:
+        self.config, self.tokenizers, self.local_world_size = config, dict(tokenizers or {}), local_world_size
+        self.run_dir = Path(config.run_dir)
+        self.folder = self.run_dir / CHECKPOINTS
+        self.rank, self.world_size = collectives.rank_and_world()
+        self._on_disk: int | None = None  # step of the newest state that is on the disk or on its way
+        self._plan: Plan | None = None
+        self._saving: _Saving | None = None
+        self._mailbox = Mailbox("checkpoint")
+        self._committed: list[Saved] = []
+        taken = Incarnation.take(self.run_dir, self.world_size) if self.rank == 0 else None
+        self.incarnation: Incarnation = collectives.same_on_all_ranks(taken)
+        if self.rank == 0:
+            remove_partial(self.run_dir)
+        collectives.barrier()
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Begin to write a checkpoint; with `train.async_save` training may go on at once. `poll` tells of the end.
 
         Raises:
-            UserError: the disk is full; nothing that was there is touched.
+            UserError: no room on the disk, the run was taken over by a newer start, or the save before this one
+                failed. Earlier checkpoints are untouched.
         """
-        final = self.folder / f"step-{state.step:08d}"
-        if collectives.same_on_all_ranks(final.exists()):  # stopped again without a step in between
-            return final
-        partial = final.with_suffix(".partial")
-        if engine.topology.rank == 0:
-            for left in self.folder.glob("*.partial"):
-                shutil.rmtree(left)
-        collectives.barrier()
-        document = {"config": self.config.model_dump(mode="json"), "state": state.to_json()}
-        try:
-            store.save(partial, {**engine.tensors(), **_random_state(engine.topology.rank)}, document)
-        except (CheckpointException, OSError) as error:
-            if engine.topology.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise _disk_full(error, self.folder) or error from None
-        if engine.topology.rank == 0:
-            os.rename(partial, final)
-            _sync_folder(self.folder)
-            for old in complete_checkpoints(self.folder.parent)[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
-        collectives.barrier()
-        return final
+        if self._on_disk == state.step:  # stopped again without a step in between
+            return
+        began = time.perf_counter()
+        self.wait()
+        tensors: Tensors = {**engine.tensors(), **_random_state(self.rank)}
+        self._plan = plan = self._plan or make_plan(tensors)
+        collectives.raise_together(self._refusal(plan) if self.rank == 0 else None)
+        final = self.folder / checkpoint_name(state.step)
+        partial = final.with_name(f"{final.name}.partial-{self.incarnation.number}")
+        document = {
+            "config": self.config.model_dump(mode="json"),
+            "state": state.to_json(),
+            "layout": engine.topology.degrees(),
+            "tokenizers": self.tokenizers,
+            "saved": {"time": time.time(), "start": self.incarnation.number, "torch": str(torch.__version__)},
+        }
+        write = Write(plan, partial, tensors, document, self._mailbox, lambda: self._commit(partial, final))
+        self._saving = saving = _Saving(write, partial, final, state.step, began)
+        self._on_disk = state.step
+        if self.config.train.async_save and self._copy_fits(plan):
+            engine.before_update = lambda: _wait_until_copied(saving)
+            write.start()
+        else:
+            write.run()
+            self.wait()
+        saving.stall_s += time.perf_counter() - began
 
-    def restore(self, engine: Engine) -> tuple[Path, TrainState] | None:
-        """Load the newest checkpoint, checksums first; None where there is none."""
-        found = complete_checkpoints(self.folder.parent)
-        if not (newest := collectives.same_on_all_ranks(found[-1] if found else None)):
-            return None
-        error, manifest = None, None
-        topology = engine.topology
+    def poll(self) -> list[Saved]:
+        """Checkpoints committed since this was asked last; on rank 0, others do not know.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        if self._saving is not None and self._saving.write.done:
+            saving, self._saving = self._saving, None
+            self._close(saving)
+            saving.write.raise_error()
+        found, self._committed = self._committed, []
+        return found
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is over on all ranks. Raises as `poll` does, on all ranks together."""
+        if self._saving is None and self.world_size == 1:
+            return
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.write.join()
+            self._close(saving)
+        error = saving.write.error if saving else None
+        collectives.raise_together(error if isinstance(error, UserError) else None)
+        if error is not None:
+            raise error
+
+    def _close(self, saving: _Saving) -> None:
+        """After the thread has ended."""
+        if self.rank != 0:
+            return
+        if saving.write.error is None:
+            seconds, copied = saving.write.ended - saving.began, saving.write.copied_bytes
+            total = saving.write.plan.total_bytes
+            self._committed.append(Saved(saving.final, saving.step, total, seconds, saving.stall_s, copied))
+        else:  # all ranks have sent their message: none is writing any more
+            shutil.rmtree(saving.partial, ignore_errors=True)
+
+    def _copy_fits(self, plan: Plan) -> bool:
+        """Whether main memory holds a copy of what the ranks of this machine write."""
+        copies = plan.total_bytes / self.world_size * self.local_world_size
+        return copies * _SPARE_MEMORY < psutil.virtual_memory().available
+
+    def _refusal(self, plan: Plan) -> UserError | None:
+        """What speaks against a save, before it starts; asked on rank 0."""
         try:
-            manifest = read_for_model(newest, self.config.model)
-            store.verify(newest, topology.rank, topology.world_size)
+            self.incarnation.check()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free, need = shutil.disk_usage(self.folder).free, round(plan.total_bytes * _ROOM_FOR_INDEX) + 2**16
+        except UserError as error:
+            return error
+        except OSError as error:
+            return write_refused(error, self.folder)
+        if need <= free:
+            return None
+        return UserError(
+            f"no room for a checkpoint in {self.folder}: {free / 2**30:.2f} GiB free",
+            f"{need / 2**30:.2f} GiB",
+            "free space, lower train.keep_checkpoints, or set run_dir=... to another disk; nothing was written, and "
+            "earlier checkpoints are untouched",
+        )
+
+    def _commit(self, partial: Path, final: Path) -> None:
+        """On rank 0, once all is flushed: one rename, which fails where something stands; then retention."""
+        self.incarnation.check()
+        if final.exists():  # by an older start that was thought dead; not the state this run is in
+            final.rename(final.with_name(f"{final.name}.before-{self.incarnation.number}"))
+        os.rename(partial, final)
+        sync_folder(self.folder)
+        self.incarnation.check()  # a newer start may be reading what would be dropped
+        train = self.config.train
+        for old in to_be_dropped(complete_checkpoints(self.run_dir), train.keep_checkpoints, train.keep_every_steps):
+            shutil.rmtree(old)
+
+    # ---- restoring --------------------------------------------------------------------------------------------------
+    def restore(self, engine: Engine) -> Restored | None:
+        """Load the newest checkpoint whose every byte is as it was written; None where there is none at all.
+
+        Raises:
+            UserError: all are damaged, or one is of another model, tokenizer, program or version.
+        """
+        damaged = dict[Path, list[str]]()
+        for folder in collectives.same_on_all_ranks(complete_checkpoints(self.run_dir)[::-1]):
+            began = time.perf_counter()
+            manifest, faults = self._examine(folder)
+            if manifest is None:
+                damaged[folder] = faults
+                continue
+            verified = time.perf_counter()
+            state = TrainState.from_json(manifest.document["state"])
+            randomness = {k: v for k, v in _random_state(self.rank).items() if k in manifest.tensors}
+            size = store.load(folder, {**engine.tensors(), **randomness}, manifest)
+            engine.loaded(state.updates)
+            for value in randomness.values():
+                torch.cuda.set_rng_state(value) if torch.cuda.is_available() else torch.set_rng_state(value)
+            self._on_disk = state.step
+            self._set_aside(damaged)
+            return Restored(folder, state, size, verified - began, time.perf_counter() - verified, damaged)
+        if damaged:
+            raise no_sound_checkpoint(self.folder, damaged)
+        return None
+
+    def start_from(self, engine: Engine, path: Path) -> Path:
+        """Begin with the weights of another checkpoint, of any layout; the optimizer starts afresh.
+
+        Args:
+            path: a checkpoint, or a run whose newest is meant.
+        """
+        folder: Path = collectives.same_on_all_ranks(find_checkpoint(path))
+        names = [name for name, _ in engine.model.named_parameters()]
+        manifest, faults = None, list[str]()
+        manifest = read_for_start(folder, self.config.model, names)
+        faults = collectives.gather_on_all([str(f) for f in verify(folder, manifest, self.rank, self.world_size)])
+        if found := [fault for mine in faults for fault in mine]:
+            raise UserError(f"train.start_from={folder}: {found[0]}", "bytes as they were written", "copy it again")
+        weights = {name: boxes for name, boxes in engine.tensors().items() if name.endswith("/weight")}
+        store.load(folder, weights, manifest)
+        engine.loaded(updates=0)
+        return folder
+
+    def _examine(self, folder: Path) -> tuple[Manifest | None, list[str]]:
+        """The manifest of a sound checkpoint, or what is wrong with it: all ranks share the work and the answer."""
+        error, manifest, mine = None, None, list[str]()
+        try:
+            manifest = read_for_run(folder, self.config.model, self.tokenizers)
+            mine = [str(fault) for fault in verify(folder, manifest, self.rank, self.world_size)]
+        except Damaged as met:
+            mine = [met.found]
         except UserError as met:
             error = met
         collectives.raise_together(error)
-        assert manifest is not None
-        state = TrainState.from_json(manifest.document["state"])
-        randomness = {k: v for k, v in _random_state(topology.rank).items() if k in manifest.tensors}
-        store.load(newest, {**engine.tensors(), **randomness})
-        engine.loaded(state.updates)
-        for value in randomness.values():
-            torch.cuda.set_rng_state(value) if torch.cuda.is_available() else torch.set_rng_state(value)
-        return newest, state
+        faults = [fault for found in collectives.gather_on_all(mine) for fault in found]
+        return (manifest if not faults else None), list(dict.fromkeys(faults))
+
+    def _set_aside(self, damaged: dict[Path, list[str]]) -> None:
+        """Give checkpoints that were passed over another name, so that a save of the same step finds its place."""
+        if self.rank == 0:
+            for folder in damaged:
+                folder.rename(folder.with_name(f"{folder.name}.damaged-{self.incarnation.number}"))
+        collectives.barrier()
 
 
 def load_weights(folder: Path, model: torch.nn.Module, config: ModelConfig) -> None:
     """Fill a whole, materialised model with the float32 weights of a checkpoint, on one process."""
-    read_for_model(folder, config)
+    manifest = read_for_model(folder, config)
     parameters = dict(model.named_parameters())
-    store.load(folder, {f"{name}/weight": parameter.data for name, parameter in parameters.items()})
+    store.load(folder, {f"{name}/weight": parameter.data for name, parameter in parameters.items()}, manifest)
+
+
+def _wait_until_copied(saving: _Saving) -> None:
+    """Before an update: the snapshot must have been taken."""
+    began = time.perf_counter()
+    saving.write.wait_until_copied()
+    saving.stall_s += time.perf_counter() - began
 
 
 def _random_state(rank: int) -> dict[str, Tensor]:
@@ -120,25 +305,3 @@ def _random_state(rank: int) -> dict[str, Tensor]:
     if torch.cuda.is_available():
         return {f"random_state/gpu-{rank:05d}": torch.cuda.get_rng_state()}
     return {f"random_state/rank-{rank:05d}": torch.get_rng_state()}
-
-
-def _disk_full(error: BaseException, folder: Path) -> UserError | None:
-    """A UserError if the failure, on whichever rank, was a disk without room."""
-    causes = [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
-    for cause in causes:
-        code = getattr(cause, "errno", None)
-        # safetensors reports the number in its text only
-        if code in _DISK_FULL or any(f"(os error {number})" in str(cause) for number in _DISK_FULL):
-            free = shutil.disk_usage(folder).free if folder.exists() else 0
-            return UserError(
-                f"no room for a checkpoint in {folder} ({free / 2**30:.2f} GiB free): {cause}",
-                "room for one more checkpoint",
-                "free space, raise the quota, or set run_dir=... to another disk; earlier checkpoints are untouched",
-            )
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -107,6 +107,13 @@ class Sampler:
         """Vocabulary size each source was tokenized with; None where a foreign dataset does not say."""
         return {name: source.stream.vocab_size for name, source in self.sources.items()}
 
+    @property
+    def tokenizers(self) -> dict[str, str | None]:
+        """sha256 of the tokenizer that made each source; None where a foreign dataset does not say."""
+        return {
+            name: s.stream.manifest.tokenizer_sha256 if s.stream.manifest else None for name, s in self.sources.items()
+        }
+
     def epochs(self) -> dict[str, float]:
         """How often each source has been used up."""
         return {n: self.cursor.drawn.get(n, 0) / source.num_samples for n, source in self.sources.items()}

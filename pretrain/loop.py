@@ -14,9 +14,11 @@ from configs.run import RunConfig
 from parallel.collectives import any_rank
 from pretrain import budget
 from pretrain.build import Run
+from pretrain.checkpoint import Restored
 from pretrain.data import cut_batch
 from pretrain.evaluate import evaluate_on_ranks
 from pretrain.health import fit_to_apply
+from pretrain.metrics import Metrics
 from pretrain.optim import learning_rate
 
 
@@ -45,7 +47,11 @@ def train(run: Run) -> int:
             evaluate(run)
         stopping = any_rank(bool(run.stop), device) or (state.step == last_step < steps)
         if stopping or due(state.step, run.config.train.save_every_steps, steps):
-            save(run)
+            run.checkpoints.save(run.engine, state)
+        note_saves(run)
+        if stopping or state.step == steps:
+            run.checkpoints.wait()
+            note_saves(run)
         if stopping:
             run.say(f"stopped after step {state.step} of {steps} ({run.stop.name or 'train.stop_after_steps'})")
             return EXIT_STOPPED
@@ -78,12 +84,25 @@ def announce(run: Run) -> None:
         f"{t.world_size} rank(s): data {t.data}, tensor {t.tensor}, pipeline {t.pipeline}, expert {t.expert}; "
         f"{run.config.train.precision} on {run.engine.device}"
     )
-    if run.resumed_from and run.metrics:
-        run.say(f"resumed from {run.resumed_from} (step {run.state.step})")
-        run.metrics.write("event", run.state.step, {"event": "resumed", "checkpoint": str(run.resumed_from)})
+    if run.restored and run.metrics:
+        note_restored(run, run.restored, run.metrics)
+    if run.started_from:
+        run.say(f"begins with the weights of {run.started_from}")
     if run.metrics:
         figures = {"event": "started", "seconds": run.start_seconds, **data_record(run)}
         run.metrics.write("event", run.state.step, figures)
+
+
+def note_restored(run: Run, restored: Restored, metrics: Metrics) -> None:
+    for folder, faults in restored.damaged.items():
+        run.say(f"{folder} is damaged, and is passed over and renamed: {'; '.join(faults[:3])}")
+        metrics.write("event", run.state.step, {"event": "damaged", "checkpoint": str(folder), "faults": faults[:20]})
+    figures = {"bytes": restored.bytes, "verify_s": restored.verify_s, "load_s": restored.load_s}
+    metrics.write("event", run.state.step, {"event": "resumed", "checkpoint": str(restored.folder), **figures})
+    run.say(
+        f"resumed from {restored.folder} (step {run.state.step}): verified in {restored.verify_s:.1f} s, "
+        f"loaded in {restored.load_s:.1f} s"
+    )
 
 
 def data_record(run: Run) -> dict[str, Any]:
@@ -161,10 +180,21 @@ def evaluate(run: Run) -> None:
         run.say(f"step {run.state.step}  held-out loss {found.loss:.4f} nats a token{shown} ({found.tokens:,} tokens)")
 
 
-def save(run: Run) -> None:
-    began = time.perf_counter()
-    folder = run.checkpoints.save(run.engine, run.state)
-    if run.metrics:
-        seconds = time.perf_counter() - began
-        run.metrics.write("event", run.state.step, {"event": "saved", "checkpoint": str(folder), "seconds": seconds})
-        run.say(f"step {run.state.step}  saved {folder} in {seconds:.1f} s")
+def note_saves(run: Run) -> None:
+    """Checkpoints that were committed since the step before."""
+    for saved in run.checkpoints.poll():
+        assert run.metrics is not None  # rank 0 alone is told
+        rate = saved.bytes / saved.seconds
+        figures = {
+            "bytes": saved.bytes,
+            "seconds": saved.seconds,
+            "bytes_per_s": rate,
+            "stall_s": saved.stall_s,
+            "copied_bytes": saved.copied_bytes,
+        }
+        run.metrics.write("event", saved.step, {"event": "saved", "checkpoint": str(saved.folder), **figures})
+        beside = f", training stood still for {saved.stall_s:.2f} s" if saved.copied_bytes else ""
+        run.say(
+            f"step {saved.step}  saved {saved.folder}: {saved.bytes / 1e6:,.0f} MB in {saved.seconds:.1f} s "
+            f"({rate / 1e6:,.0f} MB/s){beside}"
+        )

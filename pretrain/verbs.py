@@ -169,7 +169,8 @@ def _load_run(run_dir: Path) -> tuple[RunConfig, Path, GLaM]:
         import torch
 
         from model.glam import GLaM
-        from pretrain.checkpoint import complete_checkpoints, load_weights
+        from pretrain.checkpoint import load_weights
+        from pretrain.checkpoint_folders import complete_checkpoints
         from pretrain.generate import without_capacity
 
     config = RunConfig.load(run_dir / "config.yaml")

@@ -19,7 +19,7 @@ import pytest
 
 from configs.corpus import CorpusConfig
 from data_prep.pipeline import prepare
-from pretrain.checkpoint import complete_checkpoints
+from pretrain.checkpoint_folders import complete_checkpoints
 from pretrain.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

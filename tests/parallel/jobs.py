@@ -111,7 +111,7 @@ def resume_job(env: LaunchEnv, config: RunConfig, folder: str, stop_at: int, ste
     with engine_on(env, config) as engine:
         checkpoints = Checkpoints(config)
         restored = checkpoints.restore(engine)
-        state = restored[1] if restored else TrainState()
+        state = restored.state if restored else TrainState()
         figures = []
         while state.step < (steps if restored else stop_at):
             result = engine.train_step(batches(engine, config, state.step), 1e-2, fit_to_apply)
@@ -120,6 +120,7 @@ def resume_job(env: LaunchEnv, config: RunConfig, folder: str, stop_at: int, ste
             state.updates += result.applied
         if stop_at < steps and not restored:
             checkpoints.save(engine, state)
+            checkpoints.wait()
         weights = {name: parameter.detach().clone() for name, parameter in engine.part.owned_parameters().items()}
         evaluated = engine.evaluate(batches(engine, config, 99), engine.num_micro_batches)
         return {"figures": figures, "pieces": pieces(engine), "weights": weights, "evaluated": evaluated}
