@@ -5,19 +5,23 @@ Each test starts the real program. The first ones are refused before torch is im
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from configs.corpus import CorpusConfig
 from configs.layout import layout_faults
 from configs.run import RunConfig
+from data_prep.pipeline import prepare
 from pretrain.budget import bytes_per_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,13 +144,67 @@ def test_run_folder_that_is_a_file(site: Site, ask: Ask) -> None:
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 def test_half_written_checkpoint(site: Site, ask: Ask) -> None:
-    """As a copy that broke off leaves it; our own saves appear under their name by one rename."""
+    """As a copy that broke off leaves it; our own saves appear under their name by one rename. The one before it is
+    gone on from, and what is there stays there."""
     half = site.newest.with_name("step-00000003")
     half.mkdir()
     shutil.copy(next(site.newest.glob("*.safetensors")), half)
+    outcome = ask(site.folder, "--config", site.config, "train.steps=3")
+    assert outcome.codes == (0,)
+    assert all(
+        part in outcome.out for part in (f"{half} is damaged", "no manifest.json", f"resumed from {site.newest}")
+    )
+    kept = [path for path in outcome.after if path.startswith("run/checkpoints/step-00000003.damaged-")]
+    assert any(path.endswith(".safetensors") for path in kept)
+    assert "run/checkpoints/step-00000003/manifest.json" in outcome.after
+
+
+def flip(file: Path, at: float = 0.5) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    file.write_bytes(data)
+
+
+def test_every_checkpoint_is_damaged(site: Site, ask: Ask) -> None:
+    """It does not begin anew in silence."""
+    for folder in (site.newest, site.newest.with_name("step-00000001")):
+        flip(next(folder.glob("*.safetensors")))
     outcome = ask(site.folder, "--config", site.config, "train.steps=4")
-    assert all(part in outcome.message for part in (str(half), "no manifest.json", f"move {half} away"))
+    assert all(part in outcome.message for part in ("every checkpoint in", "step-00000001", "xxh128", "nothing was"))
+    assert but_starts(outcome.after) == but_starts(outcome.before)
+
+
+def but_starts(tree: Mapping[str, str]) -> dict[str, str]:
+    """Without the record that the run was started."""
+    return {path: digest for path, digest in tree.items() if not path.startswith("run/starts/")}
+
+
+def test_checkpoint_of_an_older_format(site: Site, ask: Ask) -> None:
+    (site.newest / "manifest.json").write_text(json.dumps({"format": 1, "document": {}, "files": {}, "tensors": {}}))
+    outcome = ask(site.folder, "--config", site.config, "train.steps=4")
+    assert "format 1" in outcome.message and "version of this program" in outcome.message
     assert outcome.after == outcome.before
+
+
+def test_data_made_by_another_tokenizer(site: Site, ask: Ask) -> None:
+    """Token ids would mean other text."""
+    tree = yaml.safe_load((site.folder / "corpus" / "corpus.yaml").read_text())
+    tree["output"], tree["tokenizer"]["sample_bytes"] = str(site.folder / "other"), 60_000
+    prepare(CorpusConfig.check(tree, where="test"))
+    moved = [f"data.sources=[{{name: json, path: {site.folder / 'other' / 'train' / 'json'}}}]"]
+    outcome = ask(site.folder, "--config", site.config, "train.steps=4", *moved)
+    assert all(part in outcome.message for part in ("'json'", "another tokenizer", "sha256", str(site.newest)))
+    assert outcome.after == outcome.before
+
+
+def test_weights_to_start_from_that_do_not_fit(site: Site, ask: Ask) -> None:
+    fresh = [f"run_dir={site.folder / 'fresh'}", f"train.start_from={site.run}"]
+    outcome = ask(site.folder, "--config", site.config, *fresh, "model.ffn.width=48")
+    assert "model.ffn.width is 32 there, 48 here" in outcome.message
+    nowhere = [f"run_dir={site.folder / 'fresh'}", f"train.start_from={site.folder / 'nowhere'}"]
+    outcome = ask(site.folder, "--config", site.config, *nowhere)
+    assert str(site.folder / "nowhere") in outcome.message
+    assert outcome.after == outcome.before and not (site.folder / "fresh").exists()
 
 
 def test_foreign_checkpoint(site: Site, ask: Ask) -> None:
@@ -165,14 +223,15 @@ def two_ranks() -> list[dict[str, str]]:
 
 
 def test_damaged_checkpoint_on_two_ranks(site: Site, ask: Ask) -> None:
-    """One bit flipped, found by whichever rank reads that file: both leave, one speaks."""
+    """One bit flipped, found by whichever rank reads that file: both go on from the one before, one speaks."""
     damaged = next(site.newest.glob("*.safetensors"))
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
+    flip(damaged)
     outcome = ask(site.folder, "--config", site.config, "train.steps=4", "parallel.expert=2", ranks=two_ranks())
-    assert all(part in outcome.message for part in (str(damaged), "sha256", f"move {site.newest} away"))
-    assert outcome.codes == (2, 2) and outcome.after == outcome.before
+    older = site.newest.with_name("step-00000001")
+    told = (f"{site.newest} is damaged", damaged.name, "xxh128", f"resumed from {older}")
+    assert outcome.codes == (0, 0) and all(outcome.out.count(part) == 1 for part in told), outcome.out
+    assert "run/checkpoints/step-00000002/manifest.json" in outcome.after, "made again"
+    assert any(path.startswith("run/checkpoints/step-00000002.damaged-") for path in outcome.after)
 
 
 def test_full_disk_at_a_save(site: Site, ask: Ask) -> None:

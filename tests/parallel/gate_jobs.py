@@ -16,6 +16,18 @@ from pretrain.health import fit_to_apply
 from pretrain.parity_ranks import Figures, engine_of, micro_batches, run_layout
 from slurm.environ import LaunchEnv
 
+GATE_LAYOUTS = (
+    "dp=2",
+    "dp=2,zero=0",
+    "tp=2",
+    "pp=2",
+    "ep=2,dp=2",
+    "tp=2,pp=2",
+    "pp=2,ep=2,dp=2",
+    "tp=2,ep=2",
+    "tp=2,pp=2,ep=2,dp=2",
+)
+
 
 def variants_job(env: LaunchEnv, configs: list[RunConfig], seeds: list[str], steps: int) -> list[Figures]:
     """The same ranks train one configuration after the other."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,25 +157,6 @@ def error_job(env: LaunchEnv, bad_rank: int) -> str:
         groups.stop()
         return error.found
     return "nothing"
-
-
-def store_job(env: LaunchEnv, folder: str) -> None:
-    """Save a tensor cut over the ranks, one that is replicated and one that only this rank has."""
-    from parallel import checkpoint_store as store
-    from parallel.fragments import fragment_boxes
-    from parallel.sharding import Placement
-
-    groups.start(env.rank, env.world_size, env.local_rank, env.master_addr, env.master_port, 60)
-    whole = torch.arange(105.0).view(7, 5, 3)
-    cuts = [*[0, 17, 60, 105][: env.world_size], 105]
-    start, end = cuts[env.rank], cuts[env.rank + 1]
-    tensors = {
-        "cut": fragment_boxes(whole.flatten()[start:end], start, (7, 5, 3), Placement((7, 5, 3), (0, 0, 0), None)),
-        "same": torch.arange(4),
-        f"own/{env.rank}": torch.full((2,), float(env.rank)),
-    }
-    store.save(Path(folder), tensors, {"step": 3})
-    groups.stop()
 
 
 def settings_job(env: LaunchEnv) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from pretrain.local_ranks import run_ranks
 from pretrain.parity import TOLERANCE, Verdict, judge, tensor_errors
 from pretrain.parity_ranks import Figures, oracle, write_seed_checkpoint
 from pretrain.trials import Trial, make_trials
-from tests.parallel.gate_jobs import FAULTS, counting_job, faulty_job, variants_job
+from tests.parallel.gate_jobs import FAULTS, GATE_LAYOUTS, counting_job, faulty_job, variants_job
 from tests.tiny import tiny_config
 
 STEPS = 3
@@ -86,20 +86,7 @@ def assert_agree(trials: list[Trial], folder: Path) -> None:
     assert not told, "\n".join(told)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "dp=2",
-        "dp=2,zero=0",
-        "tp=2",
-        "pp=2",
-        "ep=2,dp=2",
-        "tp=2,pp=2",
-        "pp=2,ep=2,dp=2",
-        "tp=2,ep=2",
-        "tp=2,pp=2,ep=2,dp=2",
-    ],
-)
+@pytest.mark.parametrize("layout", GATE_LAYOUTS)
 def test_layout_trains_as_one_process_does(layout: str, seeds: Path) -> None:
     """1 and 4 micro-batches x recompute on and off x dropless and capacity."""
     trials = [
