@@ -28,6 +28,7 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
+_BEGINNING = f'{{"format":{FORMAT},'.encode()
 _ENDING = re.compile(rb',"xxh128":"([0-9a-f]{32})"\}\Z')
 # What other programs leave in a checkpoint folder -> who wrote it, and what to do about it.
 _FOREIGN = {
@@ -100,23 +101,28 @@ class Manifest:
         return text + b',"xxh128":"' + xxhash.xxh3_128_hexdigest(text).encode() + b'"}'
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read and check the manifest, and that every file is there in full (sizes, not contents).
+    def decode(cls, data: bytes) -> Manifest:
+        """From what `encode` made; its checksum is not compared here."""
+        tree = orjson.loads(data)
+        tensors = {
+            name: StoredTensor(tuple(t["shape"]), t["dtype"], tuple(_box(*row) for row in t["boxes"]))
+            for name, t in tree["tensors"].items()
+        }
+        return cls(tree["document"], tuple(StoredFile(*row) for row in tree["files"]), tensors)
+
+    @classmethod
+    def read(cls, folder: Path, sizes: bool = True) -> Manifest:
+        """Read and check the manifest.
+
+        Args:
+            sizes: also look whether every file is there in full; for those who will not read them all.
 
         Raises:
             Damaged: no complete checkpoint, or a part of it is gone.
             UserError: a checkpoint of another program, or of another version of this one.
         """
-        tree = _parse(folder)
-        manifest = cls(
-            tree["document"],
-            tuple(StoredFile(*row) for row in tree["files"]),
-            {
-                name: StoredTensor(tuple(t["shape"]), t["dtype"], tuple(_box(*row) for row in t["boxes"]))
-                for name, t in tree["tensors"].items()
-            },
-        )
-        for file in manifest.files:
+        manifest = cls.decode(_read_checked(folder))
+        for file in manifest.files if sizes else ():
             try:
                 size: int | None = (folder / file.name).stat().st_size
             except OSError:
@@ -136,7 +142,7 @@ def _box(offset: list[int], shape: list[int], file: int, start: int, checksum: s
     return StoredBox(tuple(offset), tuple(shape), file, start, checksum)
 
 
-def _parse(folder: Path) -> dict[str, Any]:
+def _read_checked(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -150,16 +156,18 @@ def _parse(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: {error}", "a readable manifest", remedy_for(folder)) from None
     if (ending := _ENDING.search(data)) is None:
         if (other := _format_of(data)) is not None and other != FORMAT:
-            remedy = "read it with the version of this program that wrote it"
-            raise UserError(f"{path} of format {other!r}", f"a checkpoint of format {FORMAT}", remedy)
+            raise _other_format(path, other)
         raise Damaged(f"{path} is cut short or not ours", "a complete manifest", remedy_for(folder))
     if xxhash.xxh3_128_hexdigest(data[: ending.start()]) != ending[1].decode():
         raise Damaged(f"{path} does not match its checksum", "the manifest as written", remedy_for(folder))
-    tree: dict[str, Any] = orjson.loads(data)
-    if tree["format"] != FORMAT:
-        remedy = "read it with the version of this program that wrote it"
-        raise UserError(f"{path} of format {tree['format']!r}", f"a checkpoint of format {FORMAT}", remedy)
-    return tree
+    if not data.startswith(_BEGINNING):
+        raise _other_format(path, _format_of(data))
+    return data
+
+
+def _other_format(path: Path, found: Any) -> UserError:
+    remedy = "read it with the version of this program that wrote it"
+    return UserError(f"{path} of format {found!r}", f"a checkpoint of format {FORMAT}", remedy)
 
 
 def _format_of(data: bytes) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from parallel import collectives
 from parallel.checkpoint_manifest import StoredTensor
@@ -34,21 +34,15 @@ def make_plan(tensors: Tensors) -> Plan:
     Raises:
         ValueError: the boxes of all ranks overlap, or leave a part of a tensor out.
     """
-    planner = _Planner()
-    planner.set_up_planner(dict(tensors), is_coordinator=True)
-    local = planner.create_local_plan()
-    gathered = collectives.gather_on_first(local)
+    gathered = collectives.gather_on_first(local_plan(tensors))
     told: list[tuple[list[Place] | ValueError, int]] | None = None
     everyone: list[list[Place]] = []
     described: dict[str, tuple[tuple[int, ...], str]] = {}
     if gathered is not None:
         try:
-            plans, metadata = planner.create_global_plan(gathered)
-            everyone = [[_place(item) for item in plan.items] for plan in plans]
-            for name, stored in metadata.state_dict_metadata.items():
-                assert isinstance(stored, TensorStorageMetadata)
-                described[name] = (tuple(stored.size), str(stored.properties.dtype).removeprefix("torch."))
-            told = [(places, _planned_bytes(described)) for places in everyone]
+            everyone, described = spread(gathered)
+            total = sum(StoredTensor(shape, dtype, ()).num_bytes for shape, dtype in described.values())
+            told = [(places, total) for places in everyone]
         except ValueError as error:
             told = [(error, 0)] * len(gathered)
     mine, total_bytes = collectives.scatter_from_first(told)
@@ -57,8 +51,21 @@ def make_plan(tensors: Tensors) -> Plan:
     return Plan(mine, everyone, described, total_bytes)
 
 
-def _planned_bytes(described: dict[str, tuple[tuple[int, ...], str]]) -> int:
-    return sum(StoredTensor(shape, dtype, ()).num_bytes for shape, dtype in described.values())
+def local_plan(tensors: Tensors) -> SavePlan:
+    """What this rank could write."""
+    planner = _Planner()
+    planner.set_up_planner(dict(tensors), is_coordinator=True)
+    return planner.create_local_plan()
+
+
+def spread(plans: list[SavePlan]) -> tuple[list[list[Place]], dict[str, tuple[tuple[int, ...], str]]]:
+    """What each rank is to write, and shape and dtype of each tensor."""
+    chosen, metadata = _Planner().create_global_plan(plans)
+    described: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        described[name] = (tuple(stored.size), str(stored.properties.dtype).removeprefix("torch."))
+    return [[_place(item) for item in plan.items] for plan in chosen], described
 
 
 def _place(item: WriteItem) -> Place:

@@ -49,7 +49,6 @@ class Write:
         self._values = [_values(tensors[name], name, offset) for name, offset, _ in plan.mine]
         self._staged = threading.Event()
         self._thread: threading.Thread | None = None
-        self._stopping = False
         self._ready: torch.cuda.Event | None = None
 
     def start(self) -> None:
@@ -76,10 +75,6 @@ class Write:
         if self._thread is not None:
             self._thread.join()
 
-    def abandon(self) -> None:
-        """Let rank 0 wait for no more messages."""
-        self._stopping = True
-
     def raise_error(self) -> None:
         if self.error is not None:
             raise self.error
@@ -101,7 +96,7 @@ class Write:
         try:
             self._mailbox.send(topic, message)
             if rank == 0:
-                self._finish(self._mailbox.collect(topic, lambda: self._stopping))
+                self._finish(self._mailbox.collect(topic))
         except BaseException as error:
             self.error = self.error or error
         self.ended = time.perf_counter()
@@ -110,16 +105,12 @@ class Write:
         self.copied_bytes = sum(values.nbytes for values in self._values)
         if self._ready is None:
             return [values.detach().clone() for values in self._values]
-        # On a GPU: on a stream of its own, behind what was queued when the save was asked for.
+        # On a GPU: on a stream of its own, behind what was queued when the save was asked for. Into pageable memory:
+        # torch's pinned allocator rounds each block up to a power of two, and never gives it back.
         stream = torch.cuda.Stream(device=self._values[0].device)  # type: ignore[no-untyped-call]
-        copies = []
         with torch.cuda.stream(stream):
             stream.wait_event(self._ready)
-            for values in self._values:
-                copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-                copies.append(copy.copy_(values.detach(), non_blocking=True))
-        stream.synchronize()
-        return copies
+            return [values.detach().to("cpu", copy=True) for values in self._values]
 
     def _write_mine(self, rank: int) -> list[WrittenFile]:
         pieces = [_piece(place, values) for place, values in zip(self.plan.mine, self._values, strict=True)]

@@ -59,7 +59,7 @@ def start(
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     time_out_every_group(timeout)
-    if rank == 0:  # every rank holds two connections to the store here; 1,024 open files are the usual limit
+    if rank == 0:  # every rank holds three connections to the store here; 1,024 open files are the usual limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     backend = "nccl" if on_gpu else "gloo"
     try:

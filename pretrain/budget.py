@@ -35,6 +35,11 @@ class Parameters:
         return self.total - self.experts + self.active_experts
 
 
+def checkpoint_bytes(m: ModelConfig) -> int:
+    """Bytes of a checkpoint: float32 weights and two moments."""
+    return 12 * parameters(m).total
+
+
 def experts_a_token(m: ModelConfig) -> float:
     """Experts each token visits, on average where experts choose."""
     if m.moe is None:

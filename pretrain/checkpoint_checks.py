@@ -16,9 +16,13 @@ from pretrain.checkpoint_folders import complete_checkpoints
 _FREE_TO_CHANGE = ("model.attention.position.base", "model.moe.router.", "model.lm_z_coef")
 
 
-def read_for_model(folder: Path, model: ModelConfig) -> Manifest:
-    """The manifest, if the checkpoint is whole and holds this very model; else a UserError naming what differs."""
-    manifest = Manifest.read(folder)
+def read_for_model(folder: Path, model: ModelConfig, sizes: bool = True) -> Manifest:
+    """The manifest, if the checkpoint holds this very model; else a UserError naming what differs.
+
+    Args:
+        sizes: as for `Manifest.read`.
+    """
+    manifest = Manifest.read(folder, sizes)
     if differ := _differences(manifest, model):
         raise _other_model(
             folder,
@@ -30,12 +34,13 @@ def read_for_model(folder: Path, model: ModelConfig) -> Manifest:
 
 
 def read_for_run(folder: Path, model: ModelConfig, tokenizers: Mapping[str, str | None]) -> Manifest:
-    """As `read_for_model`, and the data must have been made by the tokenizer that the run began with.
+    """As `read_for_model`, without looking at files; and the data must have been made by the tokenizer that the run
+    began with.
 
     Args:
         tokenizers: sha256 of each data source's; None where a source made elsewhere does not say.
     """
-    manifest = read_for_model(folder, model)
+    manifest = read_for_model(folder, model, sizes=False)  # a thousand ranks, each asking for as many sizes
     before = set(filter(None, manifest.document.get("tokenizers", {}).values()))
     for source, now in tokenizers.items():
         if now and before and now not in before:

@@ -28,14 +28,15 @@ def plan(args: Any) -> None:
     memory = budget.bytes_per_rank(config, ranks)
     flops = budget.flops_per_token(config.model, config.train.sequence_length)
     training_tokens = config.train.steps * config.train.batch_tokens
-    cut = budget.stages(config)
+    cut, saved = budget.stages(config), budget.checkpoint_bytes(config.model)
     stage_layers = [len(cut.blocks(stage)) for stage in range(p.pipeline)]
     if args.json:
         parts = {k: v for k, v in vars(counts).items()}
         print(json.dumps({
             "name": config.name, "total_params": counts.total, "active_params": counts.active, "params": parts,
             "flops_per_token": flops, "ranks": ranks, "bytes_per_rank": memory.total, "bytes": vars(memory),
-            "stage_layers": stage_layers, "training_tokens": training_tokens, "training_flops": flops * training_tokens,
+            "checkpoint_bytes": saved, "stage_layers": stage_layers, "training_tokens": training_tokens,
+            "training_flops": flops * training_tokens,
         }))  # fmt: skip
         return
     table = Table(title=f"{config.name}: {config.model.num_layers} layers, width {config.model.width}")
@@ -57,6 +58,11 @@ def plan(args: Any) -> None:
     for name, value in vars(memory).items():
         table.add_row(f"GiB per rank: {name}", f"{value / 2**30:,.2f}")
     table.add_row("GiB per rank", f"[bold]{memory.total / 2**30:,.2f}[/]")
+    table.add_section()
+    table.add_row("GiB of a checkpoint", f"{saved / 2**30:,.2f}")
+    if config.train.async_save:
+        copy = memory.optimizer if p.zero_stage == 1 else saved / ranks  # replicas are written, and copied, once
+        table.add_row("GiB of main memory per rank meanwhile", f"{copy / 2**30:,.2f}")
     Console().print(table)
 
 

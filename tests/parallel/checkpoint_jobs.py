@@ -224,3 +224,13 @@ def overlapping_job(env: LaunchEnv, folder: str) -> str:
         groups.stop()
         return str(error)
     return "nothing"
+
+
+def begin_job(env: LaunchEnv, config: RunConfig, folder: str, source: str) -> dict[str, Any]:
+    """A new run that begins with another's weights."""
+    with engine_on(env, config) as engine:
+        run = Trainee(engine, config, folder)
+        assert run.restore() is None
+        run.checkpoints.start_from(engine, Path(source))
+        facts = {"pieces": pieces(engine)}
+        return {**facts, "figures": run.steps(1)}

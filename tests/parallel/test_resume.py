@@ -10,6 +10,8 @@ import torch
 from pretrain.checkpoint import load_weights
 from pretrain.checkpoint_folders import complete_checkpoints
 from pretrain.local_ranks import run_ranks
+from tests.conftest import MakeData
+from tests.parallel.checkpoint_jobs import begin_job, stay_job
 from tests.parallel.jobs import assemble, resume_job
 from tests.tiny import make_model, tiny_config
 
@@ -67,3 +69,20 @@ def test_checkpoint_is_read_at_other_layouts(tmp_path: Path, ranks: int, expert:
     before, after = assemble([rank["pieces"] for rank in saved]), assemble([rank["pieces"] for rank in loaded])
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("there", "ranks"), [("{tensor: 2, expert: 2}", 2), ("{pipeline: 2, zero_stage: 0}", 2)])
+def test_a_new_run_begins_with_the_weights_of_another(
+    tmp_path: Path, make_data: MakeData, there: str, ranks: int
+) -> None:
+    """At any layout, and with what may change changed; the optimizer starts afresh."""
+    data = {"data": make_data(json=1.0)}
+    here = tiny_config("parallel={expert: 2}", "model.vocab_size=512").model_copy(update=data)
+    saved = run_ranks(2, stay_job, here, str(tmp_path / "old"), 2, 2)
+    changed = ("model.vocab_size=512", f"parallel={there}", "model.moe.router={kind: topk, balance_coef: 0.05}")
+    config = tiny_config(*changed).model_copy(update=data)
+    found = run_ranks(ranks, begin_job, config, str(tmp_path / "new"), str(tmp_path / "old"))
+    before, after = assemble([rank["pieces"] for rank in saved]), assemble([rank["pieces"] for rank in found])
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) if name.endswith("/weight") else not tensor.any(), name
+    assert all(rank["figures"] == found[0]["figures"] for rank in found)

@@ -231,6 +231,7 @@ def test_plan_of_the_largest_in_seconds() -> None:
     assert found["ranks"] == 1024
     assert found["bytes_per_rank"] == budget.bytes_per_rank(config, 1024).total
     assert found["bytes_per_rank"] == sum(found["bytes"].values())
+    assert found["checkpoint_bytes"] == 12 * found["total_params"]
     required = ("total_params", "active_params", "flops_per_token", "bytes_per_rank")
     assert all(type(found[key]) is int for key in required)
     assert found["stage_layers"] == [8, 8, 8, 8, 8, 8, 9, 7]  # the last stage also holds the vocabulary of 256,000
