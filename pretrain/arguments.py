@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,10 @@ JSON_HELP = "one JSON object on standard output"
 PREP_STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
 MakeVerb = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, example
 PREP_VIEWS = ("verify", "explain", "stats", "quality")
+CHECKPOINT_VIEWS = ("verify", "show", "diff", "average", "convert", "export", "import", "upcycle")
+_VIEWS = {"prep": PREP_VIEWS, "checkpoint": CHECKPOINT_VIEWS}
+STORED_TYPES = ("float32", "bfloat16", "float16")
+CHECKPOINT_HELP = "a checkpoint folder, or a run folder, of which the newest checkpoint is meant"
 
 
 def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,10 +35,12 @@ def train_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def glam_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of `glam`. Verbs of two words ("prep verify") are one to the parser."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["prep"] and given[1:2] and given[1] in PREP_VIEWS:
+    if len(given) > 1 and given[1] in _VIEWS.get(given[0], ()):
         given[:2] = [" ".join(given[:2])]
     parser = glam_parser()
     parsed, rest = parser.parse_known_args(given)
+    if hasattr(parsed, "incomplete"):
+        _say_views(parsed.incomplete, parsed.view)
     # argparse takes positionals in one run only; a change to the file may stand behind an option.
     if rest and not (hasattr(parsed, "overrides") and all(re.match(r"[A-Za-z_][\w.]*=", item) for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -86,6 +93,7 @@ def glam_parser() -> argparse.ArgumentParser:
         )
     )
     _run_views(verb)
+    _checkpoint_views(verb)
     return parser
 
 
@@ -174,3 +182,123 @@ def _generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
     generate.add_argument("--top-p", type=float, default=0.95)
     generate.add_argument("--seed", type=int, default=0)
+
+
+def _checkpoint_views(verb: MakeVerb) -> None:
+    plain = verb(
+        "checkpoint",
+        f"Checkpoints: glam checkpoint {' | '.join(CHECKPOINT_VIEWS)}; each has --help.",
+        "glam checkpoint verify runs/demo",
+    )
+    plain.add_argument("view", nargs="?", metavar="VIEW", help=f"one of {', '.join(CHECKPOINT_VIEWS)}")
+    plain.set_defaults(incomplete=plain)
+    _checkpoint_looks(verb)
+    _checkpoint_makers(verb)
+    _checkpoint_borders(verb)
+
+
+def _say_views(plain: argparse.ArgumentParser, view: str | None) -> None:
+    """Help, and exit code 2: a verb of two words of which the second is missing or unknown."""
+    plain.print_help(sys.stderr)
+    near = difflib.get_close_matches(view or "", CHECKPOINT_VIEWS, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    plain.exit(2, f"\n{plain.prog}: " + (f"unknown view {view!r}{hint}\n" if view else "a view is missing\n"))
+
+
+def _checkpoint_looks(verb: MakeVerb) -> None:
+    verify = verb(
+        "checkpoint verify",
+        "Check every byte of every file against its checksum; names file, tensor and bytes that are wrong. A run "
+        "folder means all its checkpoints. Exit code 1 if anything is damaged.",
+        "glam checkpoint verify runs/demo --threads 8",
+    )
+    verify.add_argument("path", help="a checkpoint folder, or a run folder, of which all checkpoints are meant")
+    verify.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="1 to 256 (default: by CPUs)")
+    verify.add_argument("--json", action="store_true", help=JSON_HELP)
+    show = verb(
+        "checkpoint show",
+        "What a checkpoint holds: step, layout, sizes by kind and part. Reads the manifest only.",
+        "glam checkpoint show runs/demo --tensors 'blocks.0.*/weight'",
+    )
+    show.add_argument("path", help=CHECKPOINT_HELP)
+    show.add_argument(
+        "--tensors",
+        nargs="?",
+        const="*",
+        metavar="GLOB",
+        help="list each tensor, or those whose name matches",
+    )
+    show.add_argument("--json", action="store_true", help=f"{JSON_HELP}, with the whole configuration and state")
+    diff = verb(
+        "checkpoint diff",
+        "What differs between two checkpoints of any layouts. Exit code 0 if they hold the same tensors, 1 if names, "
+        "shapes, types or values differ; differing configurations or states are told and do not count. Without "
+        "--tolerance values are compared bit by bit; with it, by |a - b|, whatever their types. A NaN equals the same "
+        "NaN only.",
+        "glam checkpoint diff runs/a runs/b --tensors '*/weight' --tolerance 1e-6",
+    )
+    diff.add_argument("a", metavar="A", help=CHECKPOINT_HELP)
+    diff.add_argument("b", metavar="B", help="the other one")
+    diff.add_argument("--tolerance", type=float, metavar="T", help="largest |a - b| that passes for equal")
+    diff.add_argument("--tensors", default="*", metavar="GLOB", help="only tensors whose name matches")
+    diff.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _checkpoint_makers(verb: MakeVerb) -> None:
+    """Of new checkpoints that hold weights only; a run begins from one with train.start_from=FOLDER."""
+    convert = verb(
+        "checkpoint convert",
+        "Write the weights alone, in a type of choice. A new run begins from them with train.start_from=OUT.",
+        "glam checkpoint convert runs/demo --to weights --dtype bfloat16",
+    )
+    convert.add_argument("path", help=CHECKPOINT_HELP)
+    average = verb(
+        "checkpoint average",
+        "Write the weighted mean of the weights of several checkpoints of one model. A new run begins from them with "
+        "train.start_from=OUT.",
+        "glam checkpoint average runs/demo --last 3 --to averaged",
+    )
+    average.add_argument("paths", nargs="+", metavar="path", help=f"{CHECKPOINT_HELP}; or one run, with --last")
+    average.add_argument("--last", type=int, metavar="K", help="the newest K checkpoints of the one run that is named")
+    average.add_argument("--shares", metavar="S,S,...", help="one for each checkpoint (default: equal ones)")
+    upcycle = verb(
+        "checkpoint upcycle",
+        "Make a mixture of experts of a dense checkpoint: each expert begins as a copy of its layer's feed-forward "
+        "part. A new run begins from it with train.start_from=OUT.",
+        "glam checkpoint upcycle runs/dense --to upcycled --experts 8",
+    )
+    upcycle.add_argument("path", help=CHECKPOINT_HELP)
+    upcycle.add_argument("--experts", type=int, required=True, metavar="E", help="experts a layer")
+    upcycle.add_argument("--k", type=int, default=2, help="experts a token visits (default 2)")
+    upcycle.add_argument(
+        "--every", type=int, default=2, help="layers i with i %% every == offset get experts (default 2)"
+    )
+    upcycle.add_argument("--offset", type=int, default=0, help="(default 0)")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the routers (default 0)")
+    for made in (convert, average, upcycle):
+        _to(made)
+    convert.add_argument("--dtype", choices=STORED_TYPES, default="float32", help="(default float32)")
+
+
+def _checkpoint_borders(verb: MakeVerb) -> None:
+    export = verb(
+        "checkpoint export",
+        "Write a checkpoint's weights as a folder that Hugging Face transformers loads.",
+        "glam checkpoint export runs/demo --to hf --tokenizer data/demo/tokenizer",
+    )
+    export.add_argument("path", help=CHECKPOINT_HELP)
+    export.add_argument("--dtype", choices=STORED_TYPES, default="bfloat16", help="(default bfloat16)")
+    export.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer that goes along")
+    bring = verb(
+        "checkpoint import",
+        "Bring in a folder of Hugging Face transformers. A new run begins from it with train.start_from=OUT.",
+        "glam checkpoint import Qwen3-30B-A3B --to imported",
+    )
+    bring.add_argument("folder", help="with config.json and *.safetensors")
+    for made in (export, bring):
+        _to(made)
+
+
+def _to(maker: argparse.ArgumentParser) -> None:
+    maker.add_argument("--to", required=True, metavar="OUT", help="a new folder")
+    maker.add_argument("--json", action="store_true", help=JSON_HELP)

@@ -31,7 +31,19 @@ from pretrain.checkpoint_folders import CHECKPOINTS, complete_checkpoints, find_
 WEIGHT = "/weight"
 UNIT_BYTES = 256 * 2**20  # a thread verifies so many at a time
 THREADS = min(8, os.cpu_count() or 1)
+_BLOCK = 2**18  # values that are averaged or converted at a time: they stay in a core's cache
 _ROOM_FOR_INDEX = 1.02  # heads of files and the manifest, beside the tensors' own bytes
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A block is too small to share: torch's threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -86,16 +98,15 @@ def verify_all(path: Path, reporter: Reporter, threads: int = THREADS) -> list[V
     """Compare every byte of a checkpoint, or of all those of a run, with its checksum.
 
     Raises:
-        UserError: no checkpoint there; or the one that is meant was written by another program or version.
+        UserError: no checkpoint there; or the path is one that another program or version wrote.
     """
-    folders = checkpoints_at(path)
     found = []
-    for folder in folders:
+    for folder in checkpoints_at(path):
         try:
             with _nothing_of_ours_is_bad_input(folder):
-                manifest = Manifest.read(folder)
+                manifest = Manifest.read(folder, sizes=False)
         except UserError as error:
-            if len(folders) == 1 and not isinstance(error, Damaged):
+            if folder == path and not isinstance(error, Damaged):
                 raise
             found.append(Verified(folder, 0, (Fault("", "", error.found),)))
             continue
@@ -175,7 +186,7 @@ def convert(path: Path, out: Path, dtype: str, reporter: Reporter) -> Manifest:
         document = _document("convert", _model_of(reader), [reader], [{}])
 
         def rows(name: str, first: int, count: int) -> Tensor:
-            return _cast(reader.rows(name, first, count), dtype, name)
+            return _mean([reader.rows(name, first, count)], [1.0], dtype, name)
 
         tensors = [LazyTensor(name, shape, dtype, partial(rows, name)) for name, shape in _weights(reader).items()]
         require_new(out, sum(_size(tensor) for tensor in tensors))
@@ -215,11 +226,10 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None, re
         types = {name: _widest([reader.manifest.tensors[name].dtype for reader in readers]) for name in shapes}
 
         def rows(name: str, first: int, count: int) -> Tensor:
-            # In float64, which holds products and sums of float32 so well that equal checkpoints come out unchanged.
-            total = readers[0].rows(name, first, count).double().mul_(scaled[0])
-            for reader, share in zip(readers[1:], scaled[1:], strict=True):
-                total.add_(reader.rows(name, first, count), alpha=share)
-            return _cast(total, types[name], name)
+            step = max(1, count // len(readers))  # so that those of all sources are no more than one run
+            runs = [(start, min(step, first + count - start)) for start in range(first, first + count, step)]
+            means = [_mean([r.rows(name, *run) for r in readers], scaled, types[name], name) for run in runs]
+            return torch.cat(means) if len(means) > 1 else means[0]
 
         tensors = [LazyTensor(name, shape, types[name], partial(rows, name)) for name, shape in shapes.items()]
         require_new(out, sum(_size(tensor) for tensor in tensors))
@@ -229,7 +239,8 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None, re
 
 
 def _write(out: Path, tensors: list[LazyTensor], document: dict[str, Any], reporter: Reporter) -> Manifest:
-    with reporter.stage(f"write {out.name}", sum(_size(tensor) for tensor in tensors)) as advance:
+    total = sum(_size(tensor) for tensor in tensors)
+    with one_thread(), reporter.stage(f"write {out.name}", total) as advance:
 
         def counted(tensor: LazyTensor, first: int, count: int) -> Tensor:
             values = tensor.rows(first, count)
@@ -321,15 +332,31 @@ def _widest(dtypes: Sequence[str]) -> str:
     return str(widest).removeprefix("torch.")
 
 
-def _cast(rows: Tensor, dtype: str, name: str) -> Tensor:
-    if rows.dtype == getattr(torch, dtype):
-        return rows
-    cast = rows.to(getattr(torch, dtype))
-    if not torch.equal(rows.isfinite(), cast.isfinite()):
-        largest = rows[rows.isfinite()].abs().max().item()
-        found = f"{name} holds {largest:g}, which {dtype} cannot"
-        raise UserError(found, f"values up to {torch.finfo(cast.dtype).max:g}", "choose another --dtype")
-    return cast
+def _mean(parts: Sequence[Tensor], shares: Sequence[float], dtype: str, name: str) -> Tensor:
+    """Weighted sum of tensors of one shape, in another type.
+
+    In float64, which holds products and sums of float32 so well that the mean of equal values is that value.
+    """
+    wanted = getattr(torch, dtype)
+    if len(parts) == 1 and parts[0].dtype == wanted:
+        return parts[0]
+    made = torch.empty(parts[0].shape, dtype=wanted)
+    flat = [part.reshape(-1).split(_BLOCK) for part in parts]
+    for number, target_N in enumerate(made.view(-1).split(_BLOCK)):
+        total_N = flat[0][number].double().mul_(shares[0])
+        for blocks, share in zip(flat[1:], shares[1:], strict=True):
+            total_N.add_(blocks[number], alpha=share)
+        target_N.copy_(total_N)
+        if not _is_finite(target_N) and not torch.equal(total_N.isfinite(), target_N.isfinite()):
+            largest = total_N[total_N.isfinite()].abs().max().item()
+            remedy = "choose another --dtype: bfloat16 reaches as far as float32"
+            raise UserError(f"{name} holds {largest:g}", f"at most {torch.finfo(wanted).max:g} in {dtype}", remedy)
+    return made
+
+
+def _is_finite(values_N: Tensor) -> bool:
+    """Several times quicker than to ask `isfinite` of each."""
+    return all(math.isfinite(bound) for bound in torch.stack(values_N.aminmax()).tolist())
 
 
 def _source(reader: WholeReader) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -18,6 +18,10 @@ from data_prep.progress import Reporter
 from parallel.checkpoint_manifest import Manifest
 from pretrain import checkpoint_tools as tools
 from pretrain import checkpoint_views as views
+
+if TYPE_CHECKING:
+    from pretrain.huggingface import ExportReport, ImportReport
+    from pretrain.upcycle import UpcycleReport
 
 SHOWN = 20  # rows of a long list; --json has all
 
@@ -196,6 +200,41 @@ def _tell_made(args: Any, made: Manifest) -> None:
         print(f"from {_line({key: value for key, value in source.items() if key != 'origin'})}")
     print(f"{args.to}: {total.values:,} parameters, {' and '.join(types)}, {decimal(summary.bytes)}")
     print(f"a new run begins from it with train.start_from={args.to}")
+
+
+def checkpoint_upcycle(args: Any) -> None:
+    from pretrain.upcycle import upcycle
+
+    numbers = args.experts, args.k, args.every, args.offset, args.seed
+    _tell_report(args, upcycle(Path(args.path), Path(args.to), *numbers, reporter=_reporter()))
+
+
+def checkpoint_export(args: Any) -> None:
+    from pretrain.huggingface import export_folder
+
+    tokenizer = Path(args.tokenizer) if args.tokenizer else None
+    _tell_report(args, export_folder(Path(args.path), Path(args.to), args.dtype, tokenizer, reporter=_reporter()))
+
+
+def checkpoint_import(args: Any) -> None:
+    from pretrain.huggingface import import_folder
+
+    _tell_report(args, import_folder(Path(args.folder), Path(args.to), reporter=_reporter()))
+
+
+def _tell_report(args: Any, report: ExportReport | ImportReport | UpcycleReport) -> None:
+    facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(report).items()}
+    if args.json:
+        _print_json(facts)
+        return
+    notes = facts.pop("notes", ())
+    for key, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+        print(f"{key.replace('_', ' ')}: {shown:,}" if isinstance(shown, int) else f"{key.replace('_', ' ')}: {shown}")
+    for note in notes:
+        print(f"note: {note}")
+    if args.verb != "checkpoint export":
+        print(f"a new run begins from it with train.start_from={args.to}")
 
 
 # ---- how it looks ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from configs.base import differences
 from data_prep.progress import Reporter
 from parallel.checkpoint_manifest import Manifest, StoredTensor
 from parallel.checkpoint_serial import WholeReader, runs_of
+from pretrain.checkpoint_tools import WEIGHT, one_thread
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # behind the last slash of a name
-_BLOCK = 2**22  # values compared at a time
+_BLOCK = 2**18  # values compared at a time: they stay in a core's cache
 # (name of a parameter, part it belongs to, as `pretrain/budget.py` counts parts); the first row that fits counts.
 _PARTS = (
     ("*norm.scale", "norms"),
@@ -60,7 +61,7 @@ def summarise(manifest: Manifest) -> Summary:
         total.values += values
         total.bytes += tensor.num_bytes
         if kind == "weight":
-            part = part_of(name.removesuffix("/weight"))
+            part = part_of(name.removesuffix(WEIGHT))
             parts[part] = parts.get(part, 0) + values
     return Summary(len(manifest.files), sum(file.bytes for file in manifest.files), kinds, parts)
 
@@ -155,7 +156,8 @@ def compare(a: WholeReader, b: WholeReader, pattern: str, reporter: Reporter) ->
     shapes = {n: (in_a[n].shape, in_b[n].shape) for n in both if in_a[n].shape != in_b[n].shape}
     alike = [name for name in both if name not in shapes]
     compared = []
-    with reporter.stage("compare", sum(in_a[name].num_bytes for name in alike)) as advance:
+    total = sum(in_a[name].num_bytes for name in alike)
+    with one_thread(), reporter.stage("compare", total) as advance:
         for name in alike:
             compared.append(_compare_tensor(a, b, name))
             advance(in_a[name].num_bytes)
@@ -188,23 +190,26 @@ class _Sums:
 
     def add(self, a_N: Tensor, b_N: Tensor) -> None:
         """N values of each, flat."""
-        if a_N.dtype == b_N.dtype:
-            bits = _AS_BITS[a_N.element_size()]
-            unlike_N = a_N.view(bits) != b_N.view(bits)
-        else:
-            unlike_N = a_N.double() != b_N.double()
+        bits = _AS_BITS[a_N.element_size()]
+        if a_N.dtype == b_N.dtype and torch.equal(a_N.view(bits), b_N.view(bits)):
+            squares = _squares(a_N)
+            self._squares_a += squares
+            self._squares_b += squares
+            return
+        between_N = a_N.double() - b_N.double()
+        unlike_N = a_N.view(bits) != b_N.view(bits) if a_N.dtype == b_N.dtype else between_N != 0
+        largest = float(between_N.abs().max())
+        if not math.isfinite(largest):
+            finite_N = a_N.isfinite() & b_N.isfinite()
+            unlike_N &= ~(a_N.isinf() & (a_N == b_N))  # of other types; of one type their bits have been compared
+            self.nonfinite += int((unlike_N & ~finite_N).count_nonzero())
+            between_N = between_N[finite_N]
+            largest = float(between_N.abs().max()) if between_N.numel() else 0.0
+        self.differing += int(unlike_N.count_nonzero())
+        self.max_abs = max(self.max_abs, largest)
         self._squares_a += _squares(a_N)
         self._squares_b += _squares(b_N)
-        if not (differing := int(unlike_N.sum())):
-            return
-        self.differing += differing
-        a_N, b_N = a_N[unlike_N].double(), b_N[unlike_N].double()
-        finite_N = a_N.isfinite() & b_N.isfinite()
-        self.nonfinite += int((~finite_N).sum())
-        between_N = (a_N - b_N)[finite_N].abs()
-        if between_N.numel():
-            self.max_abs = max(self.max_abs, float(between_N.max()))
-            self._squares_between += float(between_N.square().sum())
+        self._squares_between += float(between_N.square_().sum())
 
 
 def _squares(values_N: Tensor) -> float:

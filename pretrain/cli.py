@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, RankFailed, UserError
 from pretrain.arguments import glam_arguments
 
+_ROOMS = {"prep": "pretrain.prep_verbs", "checkpoint": "pretrain.checkpoint_verbs"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `glam`; returns the exit code."""
     parsed = glam_arguments(arguments)
     try:
         # Late: --help should not wait for torch, and prep needs none.
-        room = importlib.import_module("pretrain.prep_verbs" if parsed.verb.startswith("prep") else "pretrain.verbs")
+        room = importlib.import_module(_ROOMS.get(parsed.verb.split()[0], "pretrain.verbs"))
         code = getattr(room, parsed.verb.replace(" ", "_"))(parsed)
         return EXIT_DONE if code is None else int(code)
     except RankFailed as error:
