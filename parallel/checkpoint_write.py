@@ -168,8 +168,8 @@ def write_refused(error: OSError, folder: Path) -> UserError:
         return UserError(
             f"no room for a checkpoint in {folder} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free): {error}",
             "room for one more checkpoint",
-            "free space, raise the quota, or choose another disk (run_dir=... of a run, --to of a tool); what was there "
-            "is untouched",
+            "free space, raise the quota, or choose another disk (run_dir=... of a run, --to of a tool); what was "
+            "there is untouched",
         )
     return UserError(
         f"a checkpoint could not be written: {error}",
