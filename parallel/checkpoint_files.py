@@ -6,9 +6,11 @@ wants all tensors of a file copied together first, tells no checksum, and reads 
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +21,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from configs.errors import UserError
 from parallel.checkpoint_manifest import ITEM_BYTES, Damaged, Manifest, StoredBox, StoredFile, StoredTensor, remedy_for
 
 CHUNK_BYTES = 16 * 2**20  # written, read and hashed at a time
+OPEN_FILES = 64  # of a checkpoint that may have thousands; a process may have 1,024 open as a rule
 _CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -114,11 +118,11 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 class BoxReader:
-    """Reads parts of boxes straight into tensors; keeps the files of one checkpoint open."""
+    """Reads parts of boxes straight into tensors; keeps the files it used last open."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._open: dict[int, int] = {}
+        self._open: dict[int, int] = {}  # file -> descriptor, the one used last at the end
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> BoxReader:
@@ -134,8 +138,11 @@ class BoxReader:
 
     def read(self, dtype: str, box: StoredBox, offset: Sequence[int], target: Tensor) -> None:
         """Fill `target` with the part of a stored box that begins at `offset` within it and has the target's shape."""
-        if box.file not in self._open:
-            self._open[box.file] = os.open(self.folder / self.manifest.files[box.file].name, os.O_RDONLY)
+        if (descriptor := self._open.pop(box.file, None)) is None:
+            if len(self._open) >= OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = os.open(self.folder / self.manifest.files[box.file].name, os.O_RDONLY)
+        self._open[box.file] = descriptor
         self._read(box.file, box.start, dtype, box.shape, tuple(offset), target)
 
     def _read(
@@ -143,7 +150,9 @@ class BoxReader:
     ) -> None:
         """`shape` is what lies from `start` on; it loses leading dimensions until a run, or a few rows, fit at once."""
         lengths, row = tuple(target.shape), math.prod(shape[1:]) * ITEM_BYTES[dtype]
-        if target.is_contiguous() and lengths[1:] == shape[1:]:
+        # A single value counts as contiguous whatever its stride, but not as a run of bytes.
+        together = target.is_contiguous() and (target.ndim == 0 or target.stride(-1) == 1)
+        if together and lengths[1:] == shape[1:]:
             self._run(file, start + (offset[0] * row if shape else 0), dtype, target.view(-1))
         elif row > CHUNK_BYTES or (lengths[0] == 1 and len(shape) > 1):
             for number in range(lengths[0]):
@@ -199,15 +208,21 @@ class Fault:
 
 
 def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, threads: int = 1) -> list[Fault]:
-    """Read every `parts`-th file from number `part` on and compare all its bytes with their checksums.
+    """Read one of `parts` shares of the files and compare all their bytes with their checksums.
 
     Files go to parts as to the ranks that wrote them: a rank that then loads what it wrote finds it in its page cache.
+
+    Raises:
+        UserError: this process may not, or cannot now, read a file: which is no damage.
     """
     held: dict[int, list[tuple[StoredBox, str, StoredTensor]]] = {n: [] for n in range(len(manifest.files))}
     for name, tensor in manifest.tensors.items():
         for box in tensor.boxes:
             held[box.file].append((box, name, tensor))
-    mine = [n for n, file in enumerate(manifest.files) if _writer(file.name, n) % parts == part]
+    writers = [_writer(file.name, n) for n, file in enumerate(manifest.files)]
+    if parts > len(set(writers)):
+        writers = list(range(len(writers)))  # more readers than there were writers: each file to one of its own
+    mine = [n for n, writer in enumerate(writers) if writer % parts == part]
     with ThreadPoolExecutor(max_workers=threads) as pool:
         found = pool.map(lambda n: _verify_file(folder, manifest.files[n], held[n]), mine)
         return [fault for faults in found for fault in faults]
@@ -224,7 +239,7 @@ def _verify_file(folder: Path, file: StoredFile, held: list[tuple[StoredBox, str
     try:
         descriptor = os.open(folder / file.name, os.O_RDONLY)
     except OSError as error:
-        return [Fault(file.name, "", error.strerror or str(error))]
+        return [_unreadable(folder / file.name, error)]
     try:
         if (size := os.fstat(descriptor).st_size) != file.bytes:
             faults.append(Fault(file.name, "", f"{size} bytes, expected {file.bytes}"))
@@ -235,10 +250,21 @@ def _verify_file(folder: Path, file: StoredFile, held: list[tuple[StoredBox, str
                 what = f"bytes {start}..{start + length} of xxh128 {found[:12]}..., expected {expected[:12]}..."
                 faults.append(Fault(file.name, name, what))
     except OSError as error:
-        faults.append(Fault(file.name, "", error.strerror or str(error)))
+        faults.append(_unreadable(folder / file.name, error))
     finally:
         os.close(descriptor)
     return faults
+
+
+def _unreadable(path: Path, error: OSError) -> Fault:
+    """A fault of the file; or a UserError where the fault may be this process's or this machine's alone."""
+    if error.errno in (errno.ENOENT, errno.EIO):
+        return Fault(path.name, "", error.strerror or str(error))
+    raise UserError(
+        f"{path} on {socket.gethostname()}: {error.strerror or error}",
+        "a file that can be read",
+        "mend permissions, limits (ulimit -n) or the mount there; the checkpoint itself may be sound",
+    ) from error
 
 
 def _checksum(descriptor: int, start: int, length: int, buffer: memoryview) -> str:

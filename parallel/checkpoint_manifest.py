@@ -10,9 +10,11 @@ its own. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,7 +155,10 @@ def _read_checked(folder: Path) -> bytes:
         what = f"{folder} has no {MANIFEST}" if folder.is_dir() else f"{folder} is no folder"
         raise Damaged(what, "a complete checkpoint", remedy_for(folder)) from None
     except OSError as error:
-        raise Damaged(f"{path}: {error}", "a readable manifest", remedy_for(folder)) from None
+        if error.errno == errno.EIO:
+            raise Damaged(f"{path}: {error}", "a readable manifest", remedy_for(folder)) from None
+        remedy = "mend permissions, limits (ulimit -n) or the mount; the checkpoint itself may be sound"
+        raise UserError(f"{path} on {socket.gethostname()}: {error}", "a readable manifest", remedy) from None
     if (ending := _ENDING.search(data)) is None:
         if (other := _format_of(data)) is not None and other != FORMAT:
             raise _other_format(path, other)

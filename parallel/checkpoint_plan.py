@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,6 +50,16 @@ def make_plan(tensors: Tensors) -> Plan:
     if isinstance(mine, ValueError):
         raise mine
     return Plan(mine, everyone, described, total_bytes)
+
+
+def bytes_to_write(tensors: Tensors, plan: Plan) -> int:
+    """What this rank writes."""
+    held = ((tensors[name], shape) for name, _, shape in plan.mine)
+    return sum(math.prod(shape) * _item_bytes(tensor) for tensor, shape in held)
+
+
+def _item_bytes(held: Tensor | TensorBoxes) -> int:
+    return (held.boxes[0].values if isinstance(held, TensorBoxes) else held).element_size()
 
 
 def local_plan(tensors: Tensors) -> SavePlan:

@@ -21,7 +21,7 @@ from parallel import collectives
 from parallel.checkpoint_files import BoxReader
 from parallel.checkpoint_manifest import Damaged, Manifest, StoredTensor, remedy_for
 from parallel.checkpoint_plan import Tensors, make_plan
-from parallel.checkpoint_write import Write
+from parallel.checkpoint_write import Write, write_refused
 from parallel.fragments import TensorBoxes
 from parallel.mailbox import Mailbox
 
@@ -33,6 +33,13 @@ def save(folder: Path, tensors: Tensors, document: dict[str, Any]) -> None:
         folder: an empty or absent folder, seen by all ranks.
         document: what else a resume needs, as JSON values; rank 0's is kept.
     """
+    error = None
+    try:
+        if collectives.rank_and_world()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as met:
+        error = write_refused(met, folder)
+    collectives.raise_together(error)
     write = Write(make_plan(tensors), folder, tensors, document, Mailbox(f"checkpoint/{folder}"))
     write.run()
     collectives.raise_together(write.error if isinstance(write.error, UserError) else None)

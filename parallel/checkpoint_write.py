@@ -27,7 +27,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Write:
-    """One save under way, on this rank; in a thread of its own after `start`, here in `run`.
+    """One save under way, on this rank; in a thread of its own after `start`, here in `run`. The folder is there.
 
     Ranks need each other only through the mailbox: each sends what it wrote, and rank 0 writes the manifest when all
     have. `commit` then makes the folder a checkpoint, on rank 0.
@@ -50,10 +50,12 @@ class Write:
         self._staged = threading.Event()
         self._thread: threading.Thread | None = None
         self._ready: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
 
     def start(self) -> None:
         """Copy the state and write the copy, both beside what goes on here. See `wait_until_copied`."""
-        if any(values.is_cuda for values in self._values):
+        self._device = next((values.device for values in self._values if values.is_cuda), None)
+        if self._device is not None:
             self._ready = torch.cuda.Event()
             self._ready.record()
         self._thread = threading.Thread(target=self._run, args=(True,), name="checkpoint", daemon=True)
@@ -71,9 +73,9 @@ class Write:
     def done(self) -> bool:
         return self._thread is None or not self._thread.is_alive()
 
-    def join(self) -> None:
+    def join(self, seconds: float | None = None) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -107,7 +109,8 @@ class Write:
             return [values.detach().clone() for values in self._values]
         # On a GPU: on a stream of its own, behind what was queued when the save was asked for. Into pageable memory:
         # torch's pinned allocator rounds each block up to a power of two, and never gives it back.
-        stream = torch.cuda.Stream(device=self._values[0].device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(self._device)  # a new thread's is GPU 0, where the stream's end would make a context
+        stream = torch.cuda.Stream(device=self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(self._ready)
             return [values.detach().to("cpu", copy=True) for values in self._values]
@@ -116,7 +119,6 @@ class Write:
         pieces = [_piece(place, values) for place, values in zip(self.plan.mine, self._values, strict=True)]
         written = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for number, group in enumerate(_bins(pieces)):
                 written.append(write_file(self.folder / f"rank-{rank:05d}-{number:03d}.safetensors", group))
         except OSError as error:
@@ -139,6 +141,9 @@ class Write:
             files += [w.file for w in written]
         tensors = {name: StoredTensor(*self.plan.described[name], tuple(found)) for name, found in boxes.items()}
         try:
+            for stored in files:  # all said to be there, each by its writer; the folder may have been swept since
+                if (self.folder / stored.name).stat().st_size != stored.bytes:
+                    raise OSError(errno.EIO, "not in full where it was written", str(self.folder / stored.name))
             write_manifest(self.folder, Manifest(self.document, tuple(files), tensors))
             self._commit()
         except OSError as error:
@@ -157,8 +162,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_refused(error: OSError, folder: Path) -> UserError:

@@ -20,7 +20,7 @@ from model.init import initial_value
 from parallel import groups
 from parallel.engine import Engine
 from parallel.expert import spread_experts
-from parallel.failures import working_together
+from parallel.failures import GRACE_S, working_together
 from parallel.part import Part
 from parallel.sharding import cut
 from parallel.tensor import split_tensors
@@ -111,20 +111,24 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         run_dir = Path(config.run_dir)
         with make_metrics(config, run_dir, state.step) if topology.rank == 0 else nullcontext() as metrics:
             clock.mark("metrics")
-            yield Run(
-                config,
-                engine,
-                sampler,
-                heldout,
-                heldout_bytes,
-                checkpoints,
-                state,
-                restored,
-                started_from,
-                metrics,
-                stop,
-                clock.seconds,
-            )
+            try:
+                yield Run(
+                    config,
+                    engine,
+                    sampler,
+                    heldout,
+                    heldout_bytes,
+                    checkpoints,
+                    state,
+                    restored,
+                    started_from,
+                    metrics,
+                    stop,
+                    clock.seconds,
+                )
+            except Exception:
+                checkpoints.linger(GRACE_S / 2)
+                raise
 
 
 def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:

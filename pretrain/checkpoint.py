@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -9,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,20 +20,28 @@ from parallel import checkpoint_store as store
 from parallel import collectives
 from parallel.checkpoint_files import verify
 from parallel.checkpoint_manifest import Damaged, Manifest
-from parallel.checkpoint_plan import Plan, Tensors, make_plan
+from parallel.checkpoint_plan import Plan, Tensors, bytes_to_write, make_plan
 from parallel.checkpoint_write import Write, sync_folder, write_refused
 from parallel.engine import Engine
 from parallel.mailbox import Mailbox
-from pretrain.checkpoint_checks import no_sound_checkpoint, read_for_model, read_for_run, read_for_start
+from parallel.topology import Topology
+from pretrain.checkpoint_checks import (
+    no_sound_checkpoint,
+    read_for_model,
+    read_for_run,
+    read_for_start,
+    weights_only,
+)
 from pretrain.checkpoint_folders import (
     CHECKPOINTS,
     checkpoint_name,
     complete_checkpoints,
     find_checkpoint,
-    remove_partial,
+    remove_leftovers,
     to_be_dropped,
 )
 from pretrain.incarnation import Incarnation
+from pretrain.machine import free_main_memory
 from pretrain.state import TrainState
 
 _ROOM_FOR_INDEX = 1.02  # heads of files and the manifest, beside the tensors' own bytes
@@ -104,11 +112,15 @@ class Checkpoints:
         self._saving: _Saving | None = None
         self._mailbox = Mailbox("checkpoint")
         self._committed: list[Saved] = []
-        taken = Incarnation.take(self.run_dir, self.world_size) if self.rank == 0 else None
+        error, taken = None, None
+        try:
+            if self.rank == 0:
+                taken = Incarnation.take(self.run_dir, self.world_size)
+                remove_leftovers(self.run_dir, taken.number)
+        except UserError as met:
+            error = met
+        collectives.raise_together(error)
         self.incarnation: Incarnation = collectives.same_on_all_ranks(taken)
-        if self.rank == 0:
-            remove_partial(self.run_dir)
-        collectives.barrier()
 
     # ---- saving -----------------------------------------------------------------------------------------------------
     def save(self, engine: Engine, state: TrainState) -> None:
@@ -122,11 +134,14 @@ class Checkpoints:
             return
         began = time.perf_counter()
         self.wait()
-        tensors: Tensors = {**engine.tensors(), **_random_state(self.rank)}
+        tensors: Tensors = {**engine.tensors(), **_random_state(engine.topology)}
         self._plan = plan = self._plan or make_plan(tensors)
-        collectives.raise_together(self._refusal(plan) if self.rank == 0 else None)
         final = self.folder / checkpoint_name(state.step)
-        partial = final.with_name(f"{final.name}.partial-{self.incarnation.number}")
+        partial = self._aside(final, "partial")
+        refusal = self._begin(plan, partial) if self.rank == 0 else None
+        answers = collectives.gather_on_all((refusal, self._copy_fits(tensors, plan)))
+        if first := next((met for met, _ in answers if met), None):
+            raise first
         document = {
             "config": self.config.model_dump(mode="json"),
             "state": state.to_json(),
@@ -137,13 +152,14 @@ class Checkpoints:
         write = Write(plan, partial, tensors, document, self._mailbox, lambda: self._commit(partial, final))
         self._saving = saving = _Saving(write, partial, final, state.step, began)
         self._on_disk = state.step
-        if self.config.train.async_save and self._copy_fits(plan):
+        if self.config.train.async_save and all(fits for _, fits in answers):
             engine.before_update = lambda: _wait_until_copied(saving)
             write.start()
+            saving.stall_s += time.perf_counter() - began
         else:
             write.run()
+            saving.stall_s += time.perf_counter() - began
             self.wait()
-        saving.stall_s += time.perf_counter() - began
 
     def poll(self) -> list[Saved]:
         """Checkpoints committed since this was asked last; on rank 0, others do not know.
@@ -182,41 +198,62 @@ class Checkpoints:
         else:  # all ranks have sent their message: none is writing any more
             shutil.rmtree(saving.partial, ignore_errors=True)
 
-    def _copy_fits(self, plan: Plan) -> bool:
-        """Whether main memory holds a copy of what the ranks of this machine write."""
-        copies = plan.total_bytes / self.world_size * self.local_world_size
-        return copies * _SPARE_MEMORY < psutil.virtual_memory().available
+    def linger(self, seconds: float) -> None:
+        """After a failure: let a save whose copy was taken come to its end, if it does so soon."""
+        if self._saving is not None:
+            self._saving.write.join(seconds)
 
-    def _refusal(self, plan: Plan) -> UserError | None:
-        """What speaks against a save, before it starts; asked on rank 0."""
+    def _copy_fits(self, tensors: Tensors, plan: Plan) -> bool:
+        """Whether main memory holds a copy of what the ranks of this machine write, if all write as much as this."""
+        copies = bytes_to_write(tensors, plan) * self.local_world_size
+        return copies * _SPARE_MEMORY < free_main_memory()
+
+    def _begin(self, plan: Plan, partial: Path) -> UserError | None:
+        """Make the folder, or say what speaks against a save; on rank 0."""
+        need = round(plan.total_bytes * _ROOM_FOR_INDEX) + 2**16
         try:
             self.incarnation.check()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free, need = shutil.disk_usage(self.folder).free, round(plan.total_bytes * _ROOM_FOR_INDEX) + 2**16
+            self.folder.mkdir(exist_ok=True)  # not its parents: without a disk below them they must not come back
+            if need > shutil.disk_usage(self.folder).free:
+                self._thin_out()  # `keep_checkpoints` may have become smaller
+            free = shutil.disk_usage(self.folder).free
+            if need <= free:
+                partial.mkdir()
+                return None
         except UserError as error:
             return error
         except OSError as error:
             return write_refused(error, self.folder)
-        if need <= free:
-            return None
         return UserError(
             f"no room for a checkpoint in {self.folder}: {free / 2**30:.2f} GiB free",
             f"{need / 2**30:.2f} GiB",
-            "free space, lower train.keep_checkpoints, or set run_dir=... to another disk; nothing was written, and "
-            "earlier checkpoints are untouched",
+            "free space, or set run_dir=... to another disk; nothing was written, earlier checkpoints are untouched",
         )
 
     def _commit(self, partial: Path, final: Path) -> None:
-        """On rank 0, once all is flushed: one rename, which fails where something stands; then retention."""
+        """On rank 0, once all is flushed: one rename, to a name that nothing bears; then retention."""
         self.incarnation.check()
-        if final.exists():  # by an older start that was thought dead; not the state this run is in
-            final.rename(final.with_name(f"{final.name}.before-{self.incarnation.number}"))
+        if final.exists():
+            before = Manifest.read(final, sizes=False).document.get("saved", {}).get("start", 0)
+            if before >= self.incarnation.number:
+                self.incarnation.check()
+                raise UserError(f"{final} is there, by start {before}", "a step that was not saved yet", "start again")
+            final.rename(self._aside(final, "before"))  # by an older start that was thought dead
         os.rename(partial, final)
         sync_folder(self.folder)
-        self.incarnation.check()  # a newer start may be reading what would be dropped
+        with contextlib.suppress(OSError):  # what cannot be removed now does not make the new one unwritten
+            self._thin_out()
+
+    def _thin_out(self) -> None:
         train = self.config.train
         for old in to_be_dropped(complete_checkpoints(self.run_dir), train.keep_checkpoints, train.keep_every_steps):
-            shutil.rmtree(old)
+            self.incarnation.check()  # a newer start may be reading it
+            aside = self._aside(old, "dropped")
+            old.rename(aside)  # a name means whole, also when this process ends half-way
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _aside(self, folder: Path, why: str) -> Path:
+        return folder.with_name(f"{folder.name}.{why}-{self.incarnation.number}")
 
     # ---- restoring --------------------------------------------------------------------------------------------------
     def restore(self, engine: Engine) -> Restored | None:
@@ -225,8 +262,9 @@ class Checkpoints:
         Raises:
             UserError: all are damaged, or one is of another model, tokenizer, program or version.
         """
-        damaged = dict[Path, list[str]]()
-        for folder in collectives.same_on_all_ranks(complete_checkpoints(self.run_dir)[::-1]):
+        topology, damaged = engine.topology, dict[Path, list[str]]()
+        found = complete_checkpoints(self.run_dir)[::-1] if self.rank == 0 else []
+        for folder in collectives.same_on_all_ranks(found):
             began = time.perf_counter()
             manifest, faults = self._examine(folder)
             if manifest is None:
@@ -234,7 +272,7 @@ class Checkpoints:
                 continue
             verified = time.perf_counter()
             state = TrainState.from_json(manifest.document["state"])
-            randomness = {k: v for k, v in _random_state(self.rank).items() if k in manifest.tensors}
+            randomness = {k: v for k, v in _random_state(topology).items() if k in manifest.tensors}
             size = store.load(folder, {**engine.tensors(), **randomness}, manifest)
             engine.loaded(state.updates)
             for value in randomness.values():
@@ -254,8 +292,7 @@ class Checkpoints:
         """
         folder: Path = collectives.same_on_all_ranks(find_checkpoint(path))
         names = [name for name, _ in engine.model.named_parameters()]
-        manifest, faults = None, list[str]()
-        manifest = read_for_start(folder, self.config.model, names)
+        manifest = weights_only(read_for_start(folder, self.config.model, names))
         faults = collectives.gather_on_all([str(f) for f in verify(folder, manifest, self.rank, self.world_size)])
         if found := [fault for mine in faults for fault in mine]:
             raise UserError(f"train.start_from={folder}: {found[0]}", "bytes as they were written", "copy it again")
@@ -280,10 +317,17 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[Path, list[str]]) -> None:
         """Give checkpoints that were passed over another name, so that a save of the same step finds its place."""
+        error = None
         if self.rank == 0:
-            for folder in damaged:
-                folder.rename(folder.with_name(f"{folder.name}.damaged-{self.incarnation.number}"))
-        collectives.barrier()
+            try:
+                for folder in damaged:
+                    self.incarnation.check()
+                    folder.rename(self._aside(folder, "damaged"))
+            except UserError as met:
+                error = met
+            except OSError as met:
+                error = write_refused(met, self.folder)
+        collectives.raise_together(error)
 
 
 def load_weights(folder: Path, model: torch.nn.Module, config: ModelConfig) -> None:
@@ -300,8 +344,10 @@ def _wait_until_copied(saving: _Saving) -> None:
     saving.stall_s += time.perf_counter() - began
 
 
-def _random_state(rank: int) -> dict[str, Tensor]:
-    """The generator behind noisy routers. A rank that was not there when it was saved keeps its own."""
+def _random_state(topology: Topology) -> dict[str, Tensor]:
+    """The generator behind noisy routers. Named by what it was seeded by: tensor ranks share tokens, and must go on to
+    draw the same noise at any layout. A place that was not there when it was saved keeps its own."""
+    place = f"stage-{topology.stage}-data-{topology.data_rank}"
     if torch.cuda.is_available():
-        return {f"random_state/gpu-{rank:05d}": torch.cuda.get_rng_state()}
-    return {f"random_state/rank-{rank:05d}": torch.get_rng_state()}
+        return {f"random_state/gpu-{place}": torch.cuda.get_rng_state()}
+    return {f"random_state/cpu-{place}": torch.get_rng_state()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ def read_for_run(folder: Path, model: ModelConfig, tokenizers: Mapping[str, str 
 
 
 def read_for_start(folder: Path, model: ModelConfig, parameters: Iterable[str]) -> Manifest:
-    """The manifest of a checkpoint whose weights a new run of this model can begin with.
+    """The manifest of a checkpoint whose weights a new run of this model can begin with; no files are looked at.
 
     Args:
         parameters: the names of all the model's.
     """
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder, sizes=False)
     differ = [d for d in _differences(manifest, model) if not d[0].startswith(_FREE_TO_CHANGE)]
     if differ:
         raise _other_model(folder, differ, "mend these keys, or choose other weights for train.start_from")
@@ -73,6 +74,11 @@ def read_for_start(folder: Path, model: ModelConfig, parameters: Iterable[str]) 
             "choose weights of the model that is configured",
         )
     return manifest
+
+
+def weights_only(manifest: Manifest) -> Manifest:
+    """Of the tensors, the weights."""
+    return replace(manifest, tensors={name: t for name, t in manifest.tensors.items() if name.endswith("/weight")})
 
 
 def read_newest_readable(run_dir: Path, model: ModelConfig, tokenizers: Mapping[str, str | None]) -> None:

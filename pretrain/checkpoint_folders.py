@@ -3,6 +3,8 @@
 checkpoints/step-00000100/              complete; made by one rename, which replaces nothing
 checkpoints/step-00000200.partial-3/    being written by start 3 of the run, or left by it: never read
 checkpoints/step-00000200.damaged-4/    found damaged by start 4, which went on from the one before
+checkpoints/step-00000200.before-4/     written by an older start, found by start 4 when it came to the same step
+checkpoints/step-00000050.dropped-4/    being removed by start 4, as newer ones are there
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from parallel.checkpoint_manifest import MANIFEST
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
+_LEFT = re.compile(r"\.(?:partial|dropped)-(\d+)$")
 
 
 def checkpoint_name(step: int) -> str:
@@ -54,7 +57,9 @@ def to_be_dropped(found: list[Path], keep: int, keep_every_steps: int | None) ->
     return [p for p in found[:-keep] if not keep_every_steps or step_of(p) % keep_every_steps]
 
 
-def remove_partial(run_dir: Path) -> None:
-    """Remove what earlier starts of a run were writing when they ended."""
-    for left in (run_dir / CHECKPOINTS).glob("*.partial*"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_leftovers(run_dir: Path, number: int) -> None:
+    """Remove what starts before start `number` were writing or removing when they ended."""
+    for left in (run_dir / CHECKPOINTS).glob("step-*.*"):
+        match = _LEFT.search(left.name)
+        if match and int(match[1]) < number:
+            shutil.rmtree(left, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +22,37 @@ def memory_per_rank(local_world_size: int) -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, f"{torch.cuda.get_device_name(0)} memory"
     return psutil.virtual_memory().total // local_world_size, "main memory, no GPU"
+
+
+def free_main_memory() -> int:
+    """Bytes this machine, and the control groups that hold this process (a SLURM job, a container), can still give."""
+    return max(0, min([psutil.virtual_memory().available, *_free_in_control_groups()]))
+
+
+def _free_in_control_groups() -> Iterator[int]:
+    """Limit less use of each group from ours up to the root, cached files not counted; nothing where there is none."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for number, controllers, path in lines:
+        names = ("memory.max", "memory.current", "inactive_file")
+        root = Path("/sys/fs/cgroup")
+        if "memory" in controllers.split(","):  # the older hierarchy
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = root / "memory"
+        elif number != "0":
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                limit, used, stat = ((folder / name).read_text() for name in (*names[:2], "memory.stat"))
+                cached = next(int(row.split()[1]) for row in stat.splitlines() if row.split()[0] == names[2])
+                yield int(limit) - int(used) + cached
+            except (OSError, ValueError, StopIteration):  # no limit ("max"), or no such file at the root
+                continue
 
 
 def keep_freed_memory() -> None:

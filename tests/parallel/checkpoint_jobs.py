@@ -157,7 +157,7 @@ def owners_job(env: LaunchEnv, config: RunConfig, folder: str) -> dict[str, Any]
         told["newer goes on from"] = newer.restore()
         for key in ("save", "save under way"):
             if key == "save under way":  # it had begun to write when it was overtaken
-                older.checkpoints._refusal = lambda plan: None  # type: ignore[method-assign]
+                older.checkpoints._begin = lambda plan, partial: partial.mkdir()  # type: ignore[method-assign,assignment]
             try:
                 older.save()
                 older.checkpoints.wait()
@@ -234,3 +234,73 @@ def begin_job(env: LaunchEnv, config: RunConfig, folder: str, source: str) -> di
         run.checkpoints.start_from(engine, Path(source))
         facts = {"pieces": pieces(engine)}
         return {**facts, "figures": run.steps(1)}
+
+
+def swept_job(env: LaunchEnv, config: RunConfig, folder: str) -> str:
+    """A file of a save under way is removed by another hand before the commit: what is told."""
+    with engine_on(env, config) as engine:
+        run = Trainee(engine, config, folder)
+        run.steps(1)
+        run.save()
+        run.checkpoints.wait()
+        run.steps(2)
+        collect = run.checkpoints._mailbox.collect
+
+        def late(topic: str) -> Any:
+            for file in (Path(folder) / "checkpoints").glob("*.partial-1/rank-00000-*"):
+                file.unlink()
+            return collect(topic)
+
+        run.checkpoints._mailbox.collect = late  # type: ignore[method-assign]
+        try:
+            run.save()
+            run.checkpoints.wait()
+        except UserError as error:
+            return error.found
+    return "nothing"
+
+
+def gone_job(env: LaunchEnv, config: RunConfig, folder: str) -> str:
+    """The run folder is taken away between two saves: what is told."""
+    with engine_on(env, config) as engine:
+        run = Trainee(engine, config, folder)
+        run.steps(1)
+        Path(folder).rename(f"{folder}-elsewhere")
+        Path(folder).mkdir()  # as a mount point stays when its disk is gone
+        try:
+            run.save()
+            run.checkpoints.wait()
+        except UserError as error:
+            return error.found
+    return "nothing"
+
+
+def unreadable_job(env: LaunchEnv, config: RunConfig, folder: str) -> str:
+    """Rank 1 may open no more files when it resumes: what each rank is told."""
+    import resource
+
+    with engine_on(env, config) as engine:
+        run = Trainee(engine, config, folder)
+        if env.rank == 1:
+            held = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            run.restore()
+        except UserError as error:
+            return error.found
+    return "nothing"
+
+
+def thinned_job(env: LaunchEnv, config: RunConfig, folder: str) -> list[Any]:
+    """Three saves, of which one is kept, while something bars the removal of the first."""
+    with engine_on(env, config) as engine:
+        run = Trainee(engine, config, folder)
+        saved = []
+        for step in (1, 2, 3):
+            run.steps(step)
+            run.save()
+            run.checkpoints.wait()
+            saved += run.checkpoints.poll()
+            if step == 1:
+                (Path(folder) / "checkpoints" / "step-00000001.dropped-1" / "in the way").mkdir(parents=True)
+        return saved

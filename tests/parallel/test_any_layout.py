@@ -91,5 +91,16 @@ def test_bf16_moves_too(tmp_path: Path, make_data: MakeData, here: str, there: s
         assert now[0] == pytest.approx(right[0], rel=1e-2)
 
 
+def test_noise_of_routers_moves_with_the_data_it_was_drawn_for(tmp_path: Path, make_data: MakeData) -> None:
+    """Tensor ranks share tokens, so they must go on to draw the same noise: that of the rank they come from."""
+    noisy = ("model.vocab_size=512", "model.moe.router={kind: noisy_topk}", "train.clip_norm=null")
+    data = {"data": make_data(json=1.0)}
+    one, two = (tiny_config(*noisy, f"parallel.tensor={n}").model_copy(update=data) for n in (1, 2))
+    [stayed] = run_ranks(1, stay_job, one, str(tmp_path), SAVE_AT, SAVE_AT + 2)
+    moved = run_ranks(2, move_job, two, [str(tmp_path)], SAVE_AT + 2)
+    for now, right in zip(moved[0][0]["figures"], stayed["figures"], strict=True):
+        assert now == pytest.approx(right, rel=TOLERANCE)
+
+
 def bf16(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})

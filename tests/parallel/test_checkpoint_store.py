@@ -77,12 +77,13 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], list[list[tup
 
 
 @settings(max_examples=150, deadline=None)
-@given(cut_tensors(), st.sampled_from([8, 40, 1 << 24]), st.sampled_from([32, 1 << 30]))
+@given(cut_tensors(), st.sampled_from([8, 40, 1 << 24]), st.sampled_from([32, 1 << 30]), st.sampled_from([1, 64]))
 def test_any_box_of_a_tensor_comes_back(
     tmp_path_factory: pytest.TempPathFactory,
     case: tuple[torch.Tensor, list[int], list[list[tuple[int, int]]]],
     chunk_bytes: int,
     file_bytes: int,
+    open_files: int,
 ) -> None:
     """However it was cut when written, into however many files, read in however small pieces."""
     tensor, cuts, asked = case
@@ -90,6 +91,7 @@ def test_any_box_of_a_tensor_comes_back(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_files, "CHUNK_BYTES", chunk_bytes)
         patch.setattr(checkpoint_write, "FILE_BYTES", file_bytes)
+        patch.setattr(checkpoint_files, "OPEN_FILES", open_files)
         ends = [0, *cuts, tensor.numel()]
         boxes = [
             box

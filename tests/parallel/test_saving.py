@@ -18,7 +18,18 @@ from pretrain.checkpoint_folders import complete_checkpoints, to_be_dropped
 from pretrain.incarnation import Incarnation
 from pretrain.local_ranks import LocalRanksFailed, run_ranks
 from tests.conftest import MakeData
-from tests.parallel.checkpoint_jobs import finish_job, killed_job, move_job, owners_job, save_beside_job
+from tests.parallel.checkpoint_jobs import (
+    finish_job,
+    gone_job,
+    killed_job,
+    move_job,
+    owners_job,
+    save_beside_job,
+    stay_job,
+    swept_job,
+    thinned_job,
+    unreadable_job,
+)
 from tests.parallel.jobs import assemble
 from tests.tiny import tiny_config
 
@@ -71,6 +82,7 @@ def test_synchronous_saves_hold_the_same(tmp_path: Path, make_data: MakeData) ->
         states.append(assemble([loaded[0]["pieces"]]))
         [saved] = found["saved"]
         assert (saved.copied_bytes > 0) == (name == "beside")
+        assert saved.stall_s >= (saved.seconds if name == "at once" else 0), "at once: all of it"
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -103,6 +115,51 @@ def test_an_older_start_cannot_write_once_a_newer_has_begun(tmp_path: Path, conf
     assert "started again" in told["save"] and "started again" in told["save under way"]
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert sorted(names) == ["step-00000001", "step-00000002"]
+
+
+def test_what_was_swept_away_is_never_committed(tmp_path: Path, config: RunConfig) -> None:
+    [told] = run_ranks(1, swept_job, config, str(tmp_path))
+    assert "could not be written" in told and "rank-00000" in told
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_an_older_start_moves_nothing_of_a_newer(tmp_path: Path, config: RunConfig) -> None:
+    """It passed its check, slept while the newer one committed the same step, and wakes."""
+    from pretrain.checkpoint import Checkpoints
+
+    run_ranks(1, stay_job, config, str(tmp_path), 1, 1)  # start 1
+    run_ranks(1, finish_job, config, str(tmp_path), 1)  # start 2: nothing to do
+    manifest = (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").read_bytes()
+    older = Checkpoints(config.model_copy(update={"run_dir": str(tmp_path)}))  # start 3, made to believe it is start 1
+    older.incarnation = Incarnation(older.incarnation.folder, 1, (tmp_path / "starts" / "000001.json").read_text())
+    for start in (2, 3):
+        (tmp_path / "starts" / f"00000{start}.json").unlink()
+    partial = tmp_path / "checkpoints" / "step-00000001.partial-1"
+    partial.mkdir()
+    with pytest.raises(UserError, match="is there, by start 1"):
+        older._commit(partial, partial.with_name("step-00000001"))
+    assert (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").read_bytes() == manifest
+
+
+def test_a_run_folder_that_is_gone_does_not_come_back(tmp_path: Path, config: RunConfig) -> None:
+    [told] = run_ranks(1, gone_job, config, str(tmp_path / "run"))
+    assert "000001.json" in told and "is gone" in told
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_one_rank_cannot_read_is_not_called_damage(tmp_path: Path, make_data: MakeData) -> None:
+    config = configured(make_data, "parallel.expert=2")
+    run_ranks(2, stay_job, config, str(tmp_path), 1, 1)
+    for told in run_ranks(2, unreadable_job, config, str(tmp_path)):
+        assert "Too many open files" in told
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_what_cannot_be_removed_fails_no_save(tmp_path: Path, config: RunConfig) -> None:
+    kept = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": 1})})
+    [saved] = run_ranks(1, thinned_job, kept, str(tmp_path))
+    assert [one.step for one in saved] == [1, 2, 3]
+    assert "step-00000003" in [path.name for path in complete_checkpoints(tmp_path)]
 
 
 def test_starts_are_numbered_without_repetition(tmp_path: Path) -> None:
@@ -153,3 +210,7 @@ def test_a_save_that_does_not_fit_is_refused_before_it_starts(small_disk: Path, 
     assert names == ["step-00000001", "step-00000002"], "and nothing was begun"
     [found] = run_ranks(1, finish_job, config, str(small_disk), 3)
     assert found["begun"] == 2
+    # The remedy of one who keeps fewer: what is beyond them makes room.
+    fewer = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": 1})})
+    run_ranks(1, killed_job, fewer, str(small_disk), 0.0, 4)
+    assert [path.name for path in complete_checkpoints(small_disk)] == ["step-00000004"]
