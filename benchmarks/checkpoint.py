@@ -115,8 +115,9 @@ def bandwidth_job(env: LaunchEnv, scratch: str, num_bytes: int, rounds: int) -> 
                 _forget(path)
             collectives.barrier()
             if name.startswith("write") and env.rank == 0:
-                for left in {"bare": [], "ours": [ours], "DCP": [theirs]}[name.split()[1]]:
+                for left in {"write: ours": [ours], "write: DCP": [theirs]}.get(name, []):
                     shutil.rmtree(left, ignore_errors=True)
+                    left.mkdir()
             collectives.barrier()
             began = time.perf_counter()
             act()

@@ -101,6 +101,18 @@ def test_layouts_watches_each_rank() -> None:
     assert row["seconds"] > 1
 
 
+def test_checkpoint_measures_disk_peers_and_stall() -> None:
+    result = run_benchmark("checkpoint")
+    rows = by_name(result)
+    assert {"write: ours", "write: DCP", "read: ours, verified first", "at once", "beside training"} <= rows.keys()
+    assert rows["write: bare disk"]["ratio"] == 1 and rows["at once"]["stall_s"] > 0
+
+
+def test_checkpoint_scale_adds_up() -> None:
+    [row] = run_benchmark("checkpoint_scale")["rows"]  # it asserts that the boxes are the state, byte for byte
+    assert row["boxes"] >= 8 and row["manifest_mb"] > 0
+
+
 def test_data_prep_measures_every_case() -> None:
     rows = run_benchmark("data_prep")["rows"]
     ratios = {(row["case"], row["candidate"]): row.get("ratio") for row in rows}
