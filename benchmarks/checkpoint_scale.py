@@ -20,7 +20,6 @@ from model.glam import GLaM
 from parallel.checkpoint_manifest import Manifest, StoredBox, StoredFile, StoredTensor
 from parallel.checkpoint_plan import Place, local_plan, spread
 from parallel.fragments import Box, TensorBoxes, fragment_boxes
-from parallel.optimizer_state import MOMENTS
 from parallel.sharding import placement
 from parallel.topology import Topology
 from pretrain import budget
@@ -135,7 +134,7 @@ def _zero_boxes(
         if begin < end:
             flat = torch.empty(end - begin, device="meta")
             made = fragment_boxes(flat, begin - start, placed[name][1], placed[name][0])
-            for key in ("weight", *MOMENTS):
+            for key in ("weight", "exp_avg", "exp_avg_sq"):
                 boxes[f"{name}/{key}"] = TensorBoxes(shapes[name], [Box(b.offset, b.values) for b in made.boxes])
         start += sizes[name]
     return boxes
