@@ -1,5 +1,6 @@
 # make demo   install, prepare real text, train a small sparse model on 2 ranks, stop, resume, evaluate, generate
 # make test   install, lint, type-check, run every test
+# make slurm  the tests on a real SLURM of this machine's own; as root, by apt-get. make soak: those of many minutes
 # PIP_ARGS    more for pip, e.g. an index that holds a CPU build of torch
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 TRAIN := $(BIN)/deepspeed --quiet --num_accelerators 2 pretrain/main.py --config configs/demo.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test clean
+.PHONY: install demo test slurm soak clean
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.py pyproject.toml
@@ -40,6 +41,12 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+slurm: install
+	GLAM_TEST_SLURM_INSTALL=1 $(BIN)/python -m pytest -rs tests/slurm_cluster
+
+soak: install
+	GLAM_TEST_SLURM_INSTALL=1 $(BIN)/python -m pytest -rs -s tests/slurm_cluster -m soak
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

@@ -21,3 +21,4 @@ class DataConfig(Strict):
     sources: tuple[DataSource, ...] = Field(min_length=1)
     heldout: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**32)  # keys the order of samples
+    blocklist: str | None = None  # samples never to draw: the blocklist.jsonl of a run that met bad ones

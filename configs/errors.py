@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+# Why a process ended, as its status file says it; decides whether the run is queued again.
+Cause = Literal["out_of_memory", "nan", "node", "disk", "configuration", "hang", "interrupted", "unknown"]
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -18,6 +23,8 @@ class UserError(Exception):
         remedy: what to type or change.
     """
 
+    cause: Cause = "configuration"
+
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         self.found, self.expected, self.remedy = found, expected, remedy
         super().__init__(f"found:    {found}\nexpected: {expected}\nremedy:   {remedy}")
@@ -25,6 +32,24 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         """Its message is not its arguments, so pickling, on the way from a worker, must be told."""
         return type(self), (self.found, self.expected, self.remedy)
+
+
+class DiskRefused(UserError):
+    """A disk without room, or that cannot be written."""
+
+    cause = "disk"
+
+
+class TrainingDiverged(UserError):
+    """Losses or gradients that no skipped batch mends."""
+
+    cause = "nan"
+
+
+class TakenOver(UserError):
+    """A newer start of the same run owns its folder now."""
+
+    cause = "interrupted"
 
 
 class RankFailed(Exception):

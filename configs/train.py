@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from configs.base import Strict
 
@@ -47,6 +48,29 @@ class WarmupStableDecay(Strict):
 ScheduleConfig = Annotated[CosineSchedule | InverseSqrtSchedule | WarmupStableDecay, Field(discriminator="kind")]
 
 
+class HealthConfig(Strict):
+    """Which steps are skipped, and when skipping is not enough. What is not finite is skipped always."""
+
+    # Loss or gradient norm above the median of the newest applied steps by so many (robust) standard deviations; null:
+    # no limit. OLMo-core has 6, of the plain deviation.
+    spike_z: float | None = Field(default=8.0, gt=0)
+    window_steps: int = Field(default=128, ge=4)
+    warmup_steps: int = Field(default=64, ge=4)  # applied steps before anything but finiteness is judged
+    # The worst layer's load, 0 (all tokens to the same k experts) to 1 (evenly to all): a fall to below this, from
+    # twice as much or more, is a collapse; null: not looked at.
+    router_spread: float | None = Field(default=0.2, gt=0, lt=1)
+    # After so many skipped steps in a row the run goes back to the last good checkpoint and never draws their samples
+    # again (cf. PaLM, arXiv:2204.02311, sec. 5.1); null: it skips for ever.
+    max_skips_in_row: int | None = Field(default=3, ge=1)
+    max_rollbacks: int = Field(default=5, ge=0)  # of the whole run; then it ends
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps > self.window_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not exceed window_steps={self.window_steps}")
+        return self
+
+
 class TrainConfig(Strict):
     """One step is one optimizer update over `batch_tokens` tokens, all ranks together."""
 
@@ -58,6 +82,7 @@ class TrainConfig(Strict):
     schedule: ScheduleConfig
     clip_norm: float | None = Field(default=1.0, gt=0)  # of the global gradient, experts included; null: no clipping
     precision: Literal["float32", "bf16"] = "bf16"  # bf16 keeps float32 masters, accumulation and reduction
+    health: HealthConfig = HealthConfig()
     recompute: bool = False  # rebuild each block's activations in the backward pass
     log_every_steps: int = Field(default=10, ge=1)
     eval_every_steps: int = Field(default=1000, ge=1)

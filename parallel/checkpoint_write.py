@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from configs.errors import UserError
+from configs.errors import DiskRefused, UserError
 from parallel.checkpoint_files import Piece, WrittenFile, tensor_chunks, write_file
 from parallel.checkpoint_manifest import MANIFEST, Manifest, StoredBox, StoredFile, StoredTensor
 from parallel.checkpoint_plan import Place, Plan, Tensors
@@ -168,17 +168,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_refused(error: OSError, folder: Path) -> UserError:
+def write_refused(error: OSError, folder: Path) -> DiskRefused:
     """What the system said when a checkpoint could not be written, as a user wants it told."""
     if error.errno in _DISK_FULL:
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        return UserError(
+        return DiskRefused(
             f"no room for a checkpoint in {folder} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free): {error}",
             "room for one more checkpoint",
             "free space, raise the quota, or choose another disk (run_dir=... of a run, --to of a tool); what was "
             "there is untouched",
         )
-    return UserError(
+    return DiskRefused(
         f"a checkpoint could not be written: {error}",
         f"a folder that can be written at {folder}",
         "see whether it was removed, its disk fell out or its permissions changed; earlier checkpoints are untouched",

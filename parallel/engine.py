@@ -68,6 +68,7 @@ class Engine:
         # Asked before each update, which changes what forward and backward passes only read: a snapshot of the state
         # may be under way until then.
         self.before_update: Callable[[], None] = lambda: None
+        self.progress: Callable[[str], None] = lambda doing: None  # told what begins, for whoever watches
         # DeepSpeed binds each instruction of its schedule to itself; ours have their own self.
         own_steps = {
             ReduceTiedGrads: lambda _: self._complete_gradients(),
@@ -99,6 +100,7 @@ class Engine:
 
         `accept(cross_entropy, grad_norm)` decides before anything is changed; it sees the same figures on every rank.
         """
+        self.progress("a training step")
         self._lr, self._accept = lr, accept
         self.model.cross_entropies.clear()
         for block in self.part.local_blocks().values():
@@ -167,6 +169,7 @@ class Engine:
         Args:
             micro_batches: this rank's; may be empty where `reads_data` is False.
         """
+        self.progress("an evaluation")
         # DeepSpeed switches the layers it was given, but the loss belongs to the whole model.
         self.model.eval()
         with as_many_micro_batches(self._deepspeed, num_micro_batches):

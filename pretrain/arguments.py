@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from configs.site import LAUNCHERS
+
 OVERRIDES_HELP = "changes to the file, as section.key=value (YAML values), e.g. train.steps=100 model.moe=null"
 JSON_HELP = "one JSON object on standard output"
 PREP_STAGES = ("read", "clean", "dedup", "quality", "tokenizer", "tokenize")
@@ -92,9 +94,50 @@ def glam_parser() -> argparse.ArgumentParser:
             "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
         )
     )
+    configured(
+        "preflight",
+        "Ask the machines whether they can carry a run: memory, disks, data, clocks, speeds. Exit code 1 if one says "
+        "no. Under a launcher it asks the launched ranks, else it starts a few here.",
+        "glam preflight configs/demo.yaml --json",
+    ).add_argument("--json", action="store_true", help=JSON_HELP)
+    _submit(
+        configured(
+            "submit",
+            "Queue a run on a SLURM cluster: code and configuration are copied beside the run, and it is queued again "
+            "until it is done. A run folder that holds a checkpoint is gone on from.",
+            "glam submit configs/glam_1.7b_64e.yaml --cluster slurm/clusters/example.yaml --nodes 16 --dry-run",
+        )
+    )
+    _life(verb)
     _run_views(verb)
     _checkpoint_views(verb)
     return parser
+
+
+def _submit(submit: argparse.ArgumentParser) -> None:
+    submit.add_argument("--cluster", required=True, metavar="FILE", help="the cluster's YAML file (slurm/clusters/)")
+    submit.add_argument("--nodes", type=int, metavar="N", help="(default: what the layout takes; with --prep 1)")
+    submit.add_argument("--dry-run", action="store_true", help="print the script; write and queue nothing")
+    submit.add_argument("--launcher", choices=LAUNCHERS, help="what starts the ranks (default: the cluster's file's)")
+    submit.add_argument(
+        "--prep", action="store_true", help="CONFIG is a corpus: run `glam prep` on MPI ranks over the nodes"
+    )
+
+
+def _life(verb: MakeVerb) -> None:
+    status = verb(
+        "status",
+        "How a run fares: its job, step, newest checkpoint, starts, failures, decisions to requeue, goodput.",
+        "glam status runs/demo --json",
+    )
+    status.add_argument("run", help="a run folder")
+    status.add_argument("--json", action="store_true", help=JSON_HELP)
+    stop = verb(
+        "stop",
+        "Let a run save and end, and not come back: writes RUN/STOP, signals its job. `glam submit` goes on with it.",
+        "glam stop runs/demo",
+    )
+    stop.add_argument("run", help="a run folder")
 
 
 def _run_views(verb: MakeVerb) -> None:

@@ -17,7 +17,7 @@ from configs.layout import least_micro_batches
 from configs.run import RunConfig
 from model.glam import GLaM
 from model.init import initial_value
-from parallel import groups
+from parallel import collectives, groups
 from parallel.engine import Engine
 from parallel.expert import spread_experts
 from parallel.failures import GRACE_S, working_together
@@ -25,14 +25,16 @@ from parallel.part import Part
 from parallel.sharding import cut
 from parallel.tensor import split_tensors
 from parallel.topology import Topology
+from parallel.watch import Watch, WatchSettings
 from pretrain import budget
 from pretrain.checkpoint import Checkpoints, Restored
 from pretrain.checkpoint_checks import read_for_start, read_newest_readable
-from pretrain.checkpoint_folders import CHECKPOINTS, find_checkpoint
+from pretrain.checkpoint_folders import CHECKPOINTS, complete_checkpoints, find_checkpoint
 from pretrain.data import HeldOut, Sampler, check_vocabulary
 from pretrain.machine import keep_freed_memory, refuse_if_too_small
 from pretrain.metrics import Metrics
 from pretrain.state import TrainState
+from pretrain.status import FOLDER, STOP, RankStatus, unmark_done
 from pretrain.stop_signals import StopRequest
 from slurm.environ import LaunchEnv
 
@@ -52,6 +54,8 @@ class Run:
     started_from: Path | None  # whose weights a new run began with
     metrics: Metrics | None  # on rank 0
     stop: StopRequest
+    watch: Watch
+    status: RankStatus
     start_seconds: dict[str, float] = field(default_factory=dict)  # parts of the start, for the log
 
     def say(self, message: str) -> None:
@@ -81,6 +85,7 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         RankFailed: something failed later, here or on another rank; it has been said.
     """
     clock = _Clock()
+    run_dir = Path(config.run_dir)
     stop = StopRequest().listen()
     refuse_if_too_small(config, env.world_size, env.local_world_size)
     topology = make_topology(config, env)
@@ -92,14 +97,15 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
     device = meet(config, env, fault)
     assert ahead is not None
     sampler, heldout = ahead
-    with working_together(env.rank, env.world_size):
-        process_groups = groups.create(topology, budget.stages(config).ends_apart and config.model.tied_embedding)
-        clock.mark("process groups")
-        part = materialise(config, topology, process_groups, device)
-        gc.freeze()  # DeepSpeed collects garbage eight times an engine, 0.2 s each; what was imported by now is none
-        clock.mark("model")
-        engine = Engine(part, config, device)
-        clock.mark("engine")
+    status = RankStatus(run_dir, env.rank)
+    watching = WatchSettings(config.cluster.watchdog_s, config.cluster.silent_s, run_dir / FOLDER)
+    with working_together(
+        env.rank, env.world_size, watching, lambda e: status.write("failed", e.cause, e.detail)
+    ) as watch:
+        if config.cluster.preflight != "off" and not collectives.same_on_all_ranks(complete_checkpoints(run_dir)):
+            refuse_if_unfit(config, topology, device, env.local_world_size)
+            clock.mark("preflight")
+        engine = make_engine(config, topology, device, watch, clock)
         checkpoints = Checkpoints(config, sampler.tokenizers, env.local_world_size)
         restored, started_from = checkpoints.restore(engine), None
         if restored is None and config.train.start_from:
@@ -108,27 +114,52 @@ def build(config: RunConfig, env: LaunchEnv) -> Iterator[Run]:
         sampler.resume(state.cursor)
         clock.mark("checkpoint")
         heldout_bytes = heldout.text_bytes() if heldout and topology.rank == 0 else None
-        run_dir = Path(config.run_dir)
-        with make_metrics(config, run_dir, state.step) if topology.rank == 0 else nullcontext() as metrics:
+        status.start, status.step = checkpoints.incarnation.number, state.step
+        status.write("running")
+        if topology.rank == 0:
+            _take_up_markers(run_dir, stop, env, ended=state.step >= config.train.steps)
+        with (
+            make_metrics(config, run_dir, state.step, status.start) if topology.rank == 0 else nullcontext() as metrics
+        ):
             clock.mark("metrics")
+            made = (engine, sampler, heldout, heldout_bytes, checkpoints, state, restored, started_from, metrics)
             try:
-                yield Run(
-                    config,
-                    engine,
-                    sampler,
-                    heldout,
-                    heldout_bytes,
-                    checkpoints,
-                    state,
-                    restored,
-                    started_from,
-                    metrics,
-                    stop,
-                    clock.seconds,
-                )
+                yield Run(config, *made, stop, watch, status, clock.seconds)
             except Exception:
+                status.step = state.step
                 checkpoints.linger(GRACE_S / 2)
                 raise
+
+
+def refuse_if_unfit(config: RunConfig, topology: Topology, device: torch.device, local_world_size: int) -> None:
+    """Before the first step of a new run: what would end it later, told now and all at once."""
+    from pretrain.preflight import preflight_on_ranks
+
+    report = preflight_on_ranks(config, topology, device, local_world_size, quick=config.cluster.preflight == "quick")
+    if refusal := report.refusal():
+        raise refusal
+
+
+def make_engine(config: RunConfig, topology: Topology, device: torch.device, watch: Watch, clock: _Clock) -> Engine:
+    """Process groups, this rank's part of the model, and the engine over them."""
+    process_groups = groups.create(topology, budget.stages(config).ends_apart and config.model.tied_embedding)
+    clock.mark("process groups")
+    part = materialise(config, topology, process_groups, device)
+    gc.freeze()  # DeepSpeed collects garbage eight times an engine, 0.2 s each; what was imported by now is none
+    clock.mark("model")
+    engine = Engine(part, config, device)
+    engine.progress = watch.progress
+    clock.mark("engine")
+    return engine
+
+
+def _take_up_markers(run_dir: Path, stop: StopRequest, env: LaunchEnv, ended: bool) -> None:
+    """Files by which a run is steered from outside, on rank 0."""
+    if not ended:
+        unmark_done(run_dir)
+    if env.launcher != "srun":  # somebody starts it by hand; a job that comes back by itself must obey
+        (run_dir / STOP).unlink(missing_ok=True)
+    stop.watch_for(run_dir / STOP)
 
 
 def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:
@@ -229,9 +260,9 @@ def refuse_unwritable(folder: Path, what: str) -> None:
         )
 
 
-def make_metrics(config: RunConfig, run_dir: Path, from_step: int) -> Metrics:
+def make_metrics(config: RunConfig, run_dir: Path, from_step: int, start: int) -> Metrics:
     """Open the run folder: its configuration, and the sinks."""
-    metrics = Metrics(run_dir, from_step, config.train.steps)
+    metrics = Metrics(run_dir, from_step, config.train.steps, start=start)
     (run_dir / "config.yaml").write_text(config.dump(), encoding="utf-8")
     return metrics
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import DiskRefused, UserError
 from configs.model import ModelConfig
 from configs.run import RunConfig
 from parallel import checkpoint_store as store
@@ -38,6 +38,7 @@ from pretrain.checkpoint_folders import (
     complete_checkpoints,
     find_checkpoint,
     remove_leftovers,
+    step_of,
     to_be_dropped,
 )
 from pretrain.incarnation import Incarnation
@@ -107,6 +108,7 @@ class Checkpoints:
         self.run_dir = Path(config.run_dir)
         self.folder = self.run_dir / CHECKPOINTS
         self.rank, self.world_size = collectives.rank_and_world()
+        self._last_fit_step = 0  # of the newest state that was saved
         self._on_disk: int | None = None  # step of the newest state that is on the disk or on its way
         self._plan: Plan | None = None
         self._saving: _Saving | None = None
@@ -136,6 +138,7 @@ class Checkpoints:
         self.wait()
         tensors: Tensors = {**engine.tensors(), **_random_state(engine.topology)}
         self._plan = plan = self._plan or make_plan(tensors)
+        self._last_fit_step = state.last_fit_step
         final = self.folder / checkpoint_name(state.step)
         partial = self._aside(final, "partial")
         refusal = self._begin(plan, partial) if self.rank == 0 else None
@@ -224,7 +227,7 @@ class Checkpoints:
             return error
         except OSError as error:
             return write_refused(error, self.folder)
-        return UserError(
+        return DiskRefused(
             f"no room for a checkpoint in {self.folder}: {free / 2**30:.2f} GiB free",
             f"{need / 2**30:.2f} GiB",
             "free space, or set run_dir=... to another disk; nothing was written, earlier checkpoints are untouched",
@@ -245,25 +248,34 @@ class Checkpoints:
             self._thin_out()
 
     def _thin_out(self) -> None:
-        train = self.config.train
-        for old in to_be_dropped(complete_checkpoints(self.run_dir), train.keep_checkpoints, train.keep_every_steps):
-            self.incarnation.check()  # a newer start may be reading it
-            aside = self._aside(old, "dropped")
-            old.rename(aside)  # a name means whole, also when this process ends half-way
-            shutil.rmtree(aside, ignore_errors=True)
+        train, found = self.config.train, complete_checkpoints(self.run_dir)
+        for old in to_be_dropped(found, train.keep_checkpoints, train.keep_every_steps):
+            # Of those a rollback could go to, the newest stays.
+            if old != max((p for p in found if step_of(p) <= self._last_fit_step), default=None):
+                self._drop(old)
+
+    def _drop(self, folder: Path) -> None:
+        self.incarnation.check()  # a newer start may be reading it
+        aside = self._aside(folder, "dropped")
+        folder.rename(aside)  # a name means whole, also when this process ends half-way
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _aside(self, folder: Path, why: str) -> Path:
         return folder.with_name(f"{folder.name}.{why}-{self.incarnation.number}")
 
     # ---- restoring --------------------------------------------------------------------------------------------------
-    def restore(self, engine: Engine) -> Restored | None:
+    def restore(self, engine: Engine, last_step: int | None = None) -> Restored | None:
         """Load the newest checkpoint whose every byte is as it was written; None where there is none at all.
+
+        Args:
+            last_step: look at none of a later step.
 
         Raises:
             UserError: all are damaged, or one is of another model, tokenizer, program or version.
         """
         topology, damaged = engine.topology, dict[Path, list[str]]()
         found = complete_checkpoints(self.run_dir)[::-1] if self.rank == 0 else []
+        found = [folder for folder in found if last_step is None or step_of(folder) <= last_step]
         for folder in collectives.same_on_all_ranks(found):
             began = time.perf_counter()
             manifest, faults = self._examine(folder)
@@ -283,6 +295,26 @@ class Checkpoints:
         if damaged:
             raise no_sound_checkpoint(self.folder, damaged)
         return None
+
+    def go_back(self, engine: Engine, last_step: int) -> Restored | None:
+        """In the middle of a run: restore the newest sound checkpoint of `last_step` or before, and remove the later
+        ones, in whose place others are to come. Raises as `restore` does; then nothing was removed."""
+        self.wait()
+        restored, error = self.restore(engine, last_step), None
+        if restored is None:
+            return None
+        if self.rank == 0:
+            try:
+                # The newest first: whatever is left when this process ends half-way leads here again.
+                for folder in complete_checkpoints(self.run_dir)[::-1]:
+                    if step_of(folder) > restored.state.step:
+                        self._drop(folder)
+            except UserError as met:
+                error = met
+            except OSError as met:
+                error = write_refused(met, self.folder)
+        collectives.raise_together(error)
+        return restored
 
     def start_from(self, engine: Engine, path: Path) -> Path:
         """Begin with the weights of another checkpoint, of any layout; the optimizer starts afresh.

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, RankFailed, UserError
 from pretrain.arguments import glam_arguments
 
-_ROOMS = {"prep": "pretrain.prep_verbs", "checkpoint": "pretrain.checkpoint_verbs"}
+_ROOMS = {
+    "prep": "pretrain.prep_verbs",
+    "checkpoint": "pretrain.checkpoint_verbs",
+    "preflight": "pretrain.preflight_verbs",
+    "submit": "pretrain.job_verbs",
+    "stop": "pretrain.job_verbs",
+    "status": "pretrain.job_verbs",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

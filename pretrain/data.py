@@ -4,13 +4,18 @@ A sample is a window of S + 1 tokens of a source's concatenated documents; windo
 label in one and an input in the next. Sample k of a source is window perm(k mod n) of epoch k div n, with a keyed
 permutation in place of a built index: opening a corpus costs the same whatever its size. Which source the i-th sample
 of a run comes from depends on the weights alone. Nothing here knows of ranks until a global batch is cut.
+
+A blocked sample is stepped over: the source gives its next one instead. So is every later sample of the same window,
+and none before: a run that blocks samples on its way draws what one draws that knew them from the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ import numpy.typing as npt
 from configs.data import DataConfig
 from configs.errors import UserError
 from data_prep.format import TokenStream
+from pretrain.blocklist import Blocked, read_blocklist, united
 from pretrain.permute import KeyedPermutation
 
 Windows = npt.NDArray[np.int64]  # [sequences, S + 1]
@@ -28,7 +34,9 @@ class Source:
     """One folder of shards, read as windows in a keyed order."""
 
     def __init__(self, name: str, path: str, sequence_length: int, seed: int) -> None:
-        self.name, self.stream, self.length = name, TokenStream(path), sequence_length
+        self.name, self.path, self.stream = name, path, TokenStream(path)
+        self.length, self.seed = sequence_length, seed
+        self._passed: dict[int, int] = {}  # window -> number of the sample from which on it is passed over
         self.num_samples = (self.stream.num_tokens - 1) // sequence_length
         if self.num_samples < 1:
             raise UserError(
@@ -51,21 +59,60 @@ class Source:
         epoch, position = divmod(number, self.num_samples)
         return self._order(epoch)(position)
 
+    def next_number(self, number: int) -> int:
+        """The first sample from `number` on that is not blocked."""
+        if not self._passed:
+            return number
+        return next(n for n in count(number) if n < self._passed.get(self.window_of(n), n + 1))
+
+    def block(self, one: Blocked) -> None:
+        """Pass over the samples, and later ones of the same text.
+
+        Raises:
+            UserError: nothing would be left.
+        """
+        for window, number in self._windows(one):
+            self._passed[window] = min(number, self._passed.get(window, number))
+        if len(self._passed) == self.num_samples:
+            raise UserError(
+                f"the blocklist covers all {self.num_samples} samples of data source {self.name!r}",
+                "one at least to draw",
+                "take lines out of it, or leave the source out",
+            )
+
+    def _windows(self, one: Blocked) -> Iterator[tuple[int, int]]:
+        """Each window that holds text of the samples, and the number of the sample from which on it is blocked."""
+        numbers = range(one.first, one.last + 1)
+        if (one.sequence_length, one.seed) == (self.length, self.seed):
+            yield from ((self.window_of(number), number) for number in numbers)
+            return
+        other = Source(one.source, self.path, one.sequence_length, one.seed)  # counted otherwise: known by their place
+        for number in numbers:
+            start = other.window_of(number) * other.length
+            end = min((start + other.length - 1) // self.length, self.num_samples - 1)
+            yield from ((window, 0) for window in range(start // self.length, end + 1))
+
 
 @dataclass
 class Cursor:
     """Where a run stands in its data. JSON in a checkpoint; the same for any number of ranks."""
 
-    drawn: dict[str, int] = field(default_factory=dict)  # samples taken from each source, ever
-    mixed: dict[str, int] = field(default_factory=dict)  # the same since the weights last changed
+    drawn: dict[str, int] = field(default_factory=dict)  # samples taken from each source, or passed over, ever
+    mixed: dict[str, int] = field(default_factory=dict)  # those taken since the weights last changed
     weights: dict[str, float] = field(default_factory=dict)
 
 
 class Sampler:
-    """Draws global batches. `cursor` is its whole state."""
+    """Draws global batches. `cursor` and `blocklist` are its whole state; `chosen` is the newest batch."""
 
     def __init__(self, config: DataConfig, sequence_length: int, cursor: Cursor | None = None) -> None:
         self.sources = {s.name: Source(s.name, s.path, sequence_length, config.seed) for s in config.sources}
+        self.chosen: list[tuple[str, int]] = []
+        self.blocklist: list[Blocked] = []
+        if config.blocklist:
+            given = read_blocklist(Path(config.blocklist), own=False)
+            self._refuse_unknown(given, config.blocklist)
+            self.block(given)
         total = sum(s.weight for s in config.sources)
         self.weights = {s.name: s.weight / total for s in config.sources}
         self.resume(cursor or Cursor())
@@ -74,6 +121,39 @@ class Sampler:
         """Go on from a cursor. Changed weights start a new mixture; what each source has given stays given."""
         same = cursor.weights == self.weights
         self.cursor = Cursor(dict(cursor.drawn), dict(cursor.mixed) if same else {}, dict(self.weights))
+
+    def block(self, entries: Iterable[Blocked]) -> None:
+        """Pass over these samples from now on. Those of sources or data that are not read here are only remembered."""
+        known = set(self.blocklist)
+        self.blocklist = united([*self.blocklist, *entries])
+        for one in set(self.blocklist) - known:
+            if (source := self.sources.get(one.source)) and source.stream.identity == one.dataset:
+                source.block(one)
+
+    def _refuse_unknown(self, entries: list[Blocked], path: str) -> None:
+        for one in entries:
+            source = self.sources.get(one.source)
+            if source and source.stream.identity != one.dataset:
+                raise UserError(
+                    f"data.blocklist={path} names samples of {one.source!r} as it was in {one.dataset[:12]}...; "
+                    f"{source.path} is {source.stream.identity[:12]}...",
+                    "the data set that the list was made for: another one has other samples",
+                    "take these lines out, or put back what was there",
+                )
+        if entries and not {one.source for one in entries} & self.sources.keys():
+            raise UserError(
+                f"data.blocklist={path} is about {', '.join(sorted({one.source for one in entries}))}",
+                f"one of the sources read here at least: {', '.join(self.sources)}",
+                "check the path, or give the sources the names they had",
+            )
+
+    def ranges(self, chosen: Iterable[tuple[str, int]]) -> tuple[Blocked, ...]:
+        """Chosen samples as entries of a blocklist."""
+        found = []
+        for name, number in chosen:
+            source = self.sources[name]
+            found.append(Blocked(name, source.stream.identity, source.length, source.seed, 0, number, number))
+        return tuple(united(found))
 
     def next_batch(self, num_sequences: int) -> list[tuple[str, int]]:
         """Choose the next global batch, (source, sample number) each, and advance.
@@ -86,14 +166,15 @@ class Sampler:
         mixed = np.array([self.cursor.mixed.get(name, 0) for name in names])
         drawn = [self.cursor.drawn.get(name, 0) for name in names]
         slack = 1 / (2 * len(names) - 2) if len(names) > 1 else 0.0
-        chosen = []
-        for count in range(int(mixed.sum()) + 1, int(mixed.sum()) + num_sequences + 1):
-            behind = weight * count - mixed
+        self.chosen = chosen = []
+        for total in range(int(mixed.sum()) + 1, int(mixed.sum()) + num_sequences + 1):
+            behind = weight * total - mixed
             deadline = np.where(behind >= slack - 1e-9, (mixed + 1 - slack) / weight, np.inf)
             source = int(np.argmin(deadline))
-            chosen.append((names[source], drawn[source]))
+            number = self.sources[names[source]].next_number(drawn[source])
+            chosen.append((names[source], number))
             mixed[source] += 1
-            drawn[source] += 1
+            drawn[source] = number + 1
         self.cursor.mixed = dict(zip(names, mixed.tolist()))
         self.cursor.drawn.update(zip(names, drawn))
         return chosen

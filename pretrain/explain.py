@@ -1,7 +1,8 @@
 """Which documents a training step saw: from the run's own records and the shards, without a device.
 
 A run's metrics hold its data cursor now and then, and at each start the data it read and the ranks it ran on. From the
-nearest cursor before a step the sampler is wound on to it: the same code that fed the step, so the same answer.
+nearest cursor before a step the sampler is wound on to it: the same code that fed the step, so the same answer. A
+rollback counts as a start: what is on record behind it was made with its blocklist.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from configs.errors import UserError
 from data_prep.format import TokenStream
 from data_prep.tokenizer import Tokenizer
 from parallel.topology import Topology
+from pretrain.blocklist import from_json
 from pretrain.data import Cursor, Sampler
 from pretrain.metrics_file import read_metrics
 
@@ -62,7 +64,8 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
     """
     start, cursor, begun = _nearest_cursor(run_dir, step)
     layout = start["layout"]
-    sampler = Sampler(DataConfig.check(start["data"], str(run_dir)), start["sequence_length"], cursor)
+    data = {**start["data"], "blocklist": None}  # on record itself; the file may have changed since
+    sampler = Sampler(DataConfig.check(data, str(run_dir)), start["sequence_length"], cursor)
     for name, source in sampler.sources.items():
         if source.stream.identity != start["datasets"].get(name):
             raise UserError(
@@ -70,6 +73,7 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
                 f"the data set the run read ({start['datasets'].get(name)})",
                 "put back what was there, or prepare it again with the same configuration",
             )
+    sampler.block(from_json(start.get("blocklist", [])))
     sequences = start["batch_tokens"] // start["sequence_length"]
     for _ in range(begun, step - 1):
         sampler.next_batch(sequences)
@@ -85,7 +89,7 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
         seen
         for number, (name, sample) in enumerate(chosen)
         if wanted is None or number // per_rank == wanted
-        for seen in _documents(sampler, name, sample, number, number // per_rank)
+        for seen in documents_of(sampler, name, sample, number, number // per_rank)
     ]
 
 
@@ -99,7 +103,7 @@ def _nearest_cursor(run_dir: Path, step: int) -> tuple[dict[str, Any], Cursor, i
     records = read_metrics(run_dir)
     if not records:
         raise UserError(f"{run_dir} has no metrics.jsonl", "the folder of a run that has started", "check the path")
-    starts = [r for r in records if r.get("event") == "started" and "datasets" in r]
+    starts = [r for r in records if r.get("event") in ("started", "rolled_back") and "datasets" in r]
     reached = max(record["step"] for record in records)
     if not starts or not 1 <= step <= reached:
         found = f"--step {step} of {run_dir}, which has recorded steps 1 to {reached}"
@@ -114,7 +118,12 @@ def _nearest_cursor(run_dir: Path, step: int) -> tuple[dict[str, Any], Cursor, i
     return start, Cursor(**cursors[-1]["cursor"]), cursors[-1]["step"]
 
 
-def _documents(sampler: Sampler, name: str, sample: int, number: int, data_rank: int) -> Iterator[Seen]:
+def documents_of(sampler: Sampler, name: str, sample: int, number: int = 0, data_rank: int = 0) -> Iterator[Seen]:
+    """The documents in sample `sample` of source `name`.
+
+    Args:
+        number, data_rank: where in a batch it is, to be told with them.
+    """
     source = sampler.sources[name]
     epoch = sample // source.num_samples
     first = source.window_of(sample) * source.length

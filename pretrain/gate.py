@@ -18,6 +18,7 @@ from configs.errors import EXIT_BAD_INPUT, RankFailed, UserError
 from configs.run import RunConfig
 from parallel import collectives
 from parallel.failures import working_together
+from parallel.topology import Topology
 from pretrain import build
 from pretrain.local_ranks import run_ranks
 from pretrain.parity import KINDS, TOLERANCE, Verdict, judge
@@ -72,28 +73,46 @@ def _here(trials: list[Trial], steps: int, tolerance: float) -> Iterator[Verdict
 
 
 def _on_launched(env: LaunchEnv, trials: list[Trial], steps: int, tolerance: float) -> Iterator[Verdict]:
-    """Each layout on the ranks of this job; rank 0 computes the oracle, all get the verdicts."""
-    config = trials[0].config
-    with tempfile.TemporaryDirectory(prefix="glam-parity-") as scratch:
-        # On a local disk: each rank writes the same small checkpoints for itself, before it meets the others.
-        seeds = _seed_checkpoints(config, Path(scratch))
-        device = build.meet(config, env)
+    """Each layout on the ranks of this job."""
+    device = build.meet(trials[0].config, env)
+    with tempfile.TemporaryDirectory(prefix="glam-parity-") as scratch, working_together(env.rank, env.world_size):
         truths: dict[int, Figures] = {}
+        for trial in trials:
+            topology = build.make_topology(trial.config, env)
+            yield try_on_ranks(trial, topology, device, Path(scratch), steps, tolerance, truths)
 
-        def attempt(trial: Trial, number: int) -> Verdict:
-            config = _reseeded(trial.config, number)
-            mine = run_layout(config, build.make_topology(config, env), device, str(seeds[number]), steps)
-            verdict = None
-            if (found := collectives.gather_on_first(mine)) is not None:
-                truths[number] = truths.get(number) or oracle(config, steps, str(device))
-                verdict = judge(trial.layout, config, found, truths[number], tolerance)
-            verdict = collectives.same_on_all_ranks(verdict)
-            assert verdict is not None
-            return verdict
 
-        with working_together(env.rank, env.world_size):
-            for trial in trials:
-                yield _confirmed(trial, attempt)
+def try_on_ranks(
+    trial: Trial,
+    topology: Topology,
+    device: torch.device,
+    scratch: Path,
+    steps: int,
+    tolerance: float,
+    truths: dict[int, Figures] | None = None,
+) -> Verdict:
+    """One layout on ranks that have met and have made no groups; rank 0 computes the oracle, all get the verdict.
+
+    Args:
+        scratch: a folder of this rank alone, on a local disk: each writes the same small checkpoints for itself.
+        truths: the oracle's, by seed: kept from one layout of a model to the next.
+    """
+    known = {} if truths is None else truths
+
+    def attempt(trial: Trial, number: int) -> Verdict:
+        config, seed = _reseeded(trial.config, number), scratch / f"seed-{number}"
+        if not seed.exists():
+            write_seed_checkpoint(config, seed)
+        mine = run_layout(config, topology, device, str(seed), steps)
+        verdict = None
+        if (found := collectives.gather_on_first(mine)) is not None:
+            known[number] = known.get(number) or oracle(config, steps, str(device))
+            verdict = judge(trial.layout, config, found, known[number], tolerance)
+        verdict = collectives.same_on_all_ranks(verdict)
+        assert verdict is not None
+        return verdict
+
+    return _confirmed(trial, attempt)
 
 
 def _confirmed(trial: Trial, attempt: Callable[[Trial, int], Verdict]) -> Verdict:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import DiskRefused, TakenOver
 from parallel.checkpoint_write import write_refused
 
 _NAME = re.compile(r"(\d{6})\.json")
@@ -58,7 +58,7 @@ class Incarnation:
         """Raise a UserError if another start has taken the run over since, or its folder is not the one it was."""
         own = self.folder / f"{self.number:06d}.json"
         if _read(own) != self.record:
-            raise UserError(
+            raise DiskRefused(
                 f"{own}, which this start of the run wrote, is gone",
                 f"{self.folder.parent} as it was when the run started",
                 "see whether the folder was removed or its disk unmounted; then start again",
@@ -70,7 +70,7 @@ class Incarnation:
             who = f"on {facts['host']}, process {facts['pid']}, {time.strftime('%F %T', time.localtime(facts['time']))}"
         except (ValueError, KeyError):
             who = "just now"
-        raise UserError(
+        raise TakenOver(
             f"this run was started again ({who}; start {newest}, this is start {self.number})",
             f"one owner of {self.folder.parent}",
             "this older process writes nothing more and ends. If the newer one has ended too, start again: the run "

@@ -9,40 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.base import fingerprint_of
 from configs.errors import EXIT_DONE, EXIT_STOPPED
 from configs.run import RunConfig
 from parallel.collectives import any_rank
-from pretrain import budget
+from parallel.engine import StepResult
+from pretrain import blocklist, budget
 from pretrain.build import Run
 from pretrain.checkpoint import Restored
 from pretrain.data import cut_batch
 from pretrain.evaluate import evaluate_on_ranks
-from pretrain.health import fit_to_apply
+from pretrain.health import BadStep, History, Judge, Verdict
 from pretrain.metrics import Metrics
 from pretrain.optim import learning_rate
+from pretrain.rollback import announcement, roll_back, take_up_blocklist
 
 
 def train(run: Run) -> int:
     """Train to the last step or until asked to stop; returns the exit code."""
-    state, steps, device = run.state, run.config.train.steps, run.engine.device
+    state, steps, device, health = run.state, run.config.train.steps, run.engine.device, run.config.train.health
+    take_up_blocklist(run)
+    take_up_history(run)
     announce(run)
     last_step = min(steps, state.step + (run.config.train.stop_after_steps or steps))
     while state.step < last_step:
         began = time.perf_counter()
         lr = learning_rate(state.step, run.config.train)
-        result = run.engine.train_step(next_micro_batches(run), lr, fit_to_apply)
+        judge = Judge(state.history, health, run.config.model.moe, run.engine.router_loads)
+        result = run.engine.train_step(next_micro_batches(run), lr, judge)
         seconds = time.perf_counter() - began  # of the step alone: evaluations and saves have records of their own
-        state.step += 1
-        state.updates += result.applied
-        state.tokens += run.config.train.batch_tokens
-        state.seconds += seconds
-        state.cursor = run.sampler.cursor
-        if not result.applied:
-            note_skip(run, result.cross_entropy, result.grad_norm)
+        count_step(run, result, judge.verdict, seconds)
+        if health.max_skips_in_row is not None and len(state.row) >= health.max_skips_in_row:
+            go_back(run)
+            continue
         if run.metrics:
             run.metrics.advance(state.step)
         if due(state.step, run.config.train.log_every_steps, last_step):
-            log(run, {"loss": result.cross_entropy, "grad_norm": result.grad_norm, "lr": lr}, seconds)
+            figures = {"loss": result.cross_entropy, "grad_norm": result.grad_norm, "lr": lr}
+            log(run, figures | judge.verdict.figures(), seconds, judge.loads)
         if run.heldout and due(state.step, run.config.train.eval_every_steps, steps):
             evaluate(run)
         stopping = any_rank(bool(run.stop), device) or (state.step == last_step < steps)
@@ -55,8 +59,52 @@ def train(run: Run) -> int:
         if stopping:
             run.say(f"stopped after step {state.step} of {steps} ({run.stop.name or 'train.stop_after_steps'})")
             return EXIT_STOPPED
-    run.say(f"done: {state.step} steps, {state.tokens:,} tokens, {len(state.skipped)} step(s) skipped")
+    run.say(
+        f"done: {state.step} steps, {state.tokens:,} tokens, {len(state.skipped)} step(s) skipped, "
+        f"{state.rollbacks} rollback(s)"
+    )
     return EXIT_DONE
+
+
+def count_step(run: Run, result: StepResult, verdict: Verdict, seconds: float) -> None:
+    """What a step changes in the state, tensors excepted."""
+    state = run.state
+    state.step += 1
+    state.updates += result.applied
+    state.tokens += run.config.train.batch_tokens
+    state.seconds += seconds
+    state.cursor = run.sampler.cursor
+    if result.applied:
+        state.row = []
+        window_steps = run.config.train.health.window_steps
+        state.history.add(result.cross_entropy, result.grad_norm, verdict.router_spread, window_steps)
+    else:
+        loss, norm = repr(result.cross_entropy), repr(result.grad_norm)
+        state.row.append(BadStep(state.step, verdict.reason, loss, norm, run.sampler.ranges(run.sampler.chosen)))
+        note_skip(run, state.row[-1], verdict)
+
+
+def take_up_history(run: Run) -> None:
+    """Losses of another mixture or batch say nothing about the next ones: those are judged by their own."""
+    identities = {name: source.stream.identity for name, source in run.sampler.sources.items()}
+    batch = (run.config.train.batch_tokens, run.config.train.sequence_length)
+    regime = fingerprint_of([run.sampler.weights, identities, batch])
+    if run.state.history.regime != regime:
+        run.state.history = History(regime)
+
+
+def go_back(run: Run) -> None:
+    """Too many unfit steps in a row."""
+    run.engine.progress("a rollback")
+    run.checkpoints.wait()
+    note_saves(run)
+    event = roll_back(run)
+    take_up_history(run)  # the checkpoint may be from before a change of data
+    if run.metrics:
+        run.metrics.go_back(run.state.step)
+        # The record of a start, as that may have been dropped just now.
+        run.metrics.write("event", run.state.step, {**data_record(run), **event})
+        run.say(announcement(event))
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -89,7 +137,10 @@ def announce(run: Run) -> None:
     if run.started_from:
         run.say(f"begins with the weights of {run.started_from}")
     if run.metrics:
-        figures = {"event": "started", "seconds": run.start_seconds, **data_record(run)}
+        if blocked := sum(one.count for one in run.state.blocklist):
+            run.say(f"passes over {blocked} sample(s) of its blocklist")
+        times = {"seconds": run.start_seconds, "step_seconds": run.state.seconds}
+        figures = {"event": "started", **times, **data_record(run)}
         run.metrics.write("event", run.state.step, figures)
 
 
@@ -110,6 +161,7 @@ def data_record(run: Run) -> dict[str, Any]:
     t = run.engine.topology
     return {
         "cursor": dataclasses.asdict(run.sampler.cursor),
+        "blocklist": blocklist.to_json(run.sampler.blocklist),
         "data": run.config.data.model_dump(mode="json"),
         "datasets": {name: source.stream.identity for name, source in run.sampler.sources.items()},
         "sequence_length": run.config.train.sequence_length,
@@ -118,17 +170,25 @@ def data_record(run: Run) -> dict[str, Any]:
     }
 
 
-def note_skip(run: Run, cross_entropy: float, grad_norm: float) -> None:
-    run.state.skipped.append(run.state.step)
+def note_skip(run: Run, bad: BadStep, verdict: Verdict) -> None:
+    run.state.skipped.append(bad.step)
     if run.metrics:
-        figures = {"event": "skipped", "loss": repr(cross_entropy), "grad_norm": repr(grad_norm)}
-        run.metrics.write("event", run.state.step, figures)
-        run.say(f"step {run.state.step} skipped: loss {cross_entropy}, gradient norm {grad_norm}; weights unchanged")
+        figures = {"reason": bad.reason, "loss": bad.loss, "grad_norm": bad.grad_norm, **verdict.figures()}
+        run.metrics.write("event", bad.step, {"event": "skipped", **figures})
+        shown = "".join(f", {name} {value:.3g}" for name, value in verdict.figures().items())
+        run.say(
+            f"step {bad.step} skipped, {bad.reason}: loss {bad.loss}, gradient norm {bad.grad_norm}{shown}; "
+            "weights unchanged"
+        )
 
 
-def log(run: Run, figures: dict[str, float], step_seconds: float) -> None:
-    """One record and one line; router figures are of this step alone."""
-    loads = run.engine.router_loads()  # all ranks take part
+def log(run: Run, figures: dict[str, float], step_seconds: float, loads: dict[int, Tensor] | None) -> None:
+    """One record and one line; router figures are of this step alone.
+
+    Args:
+        loads: of the routers, if they were asked for already.
+    """
+    loads = run.engine.router_loads() if loads is None else loads  # all ranks take part
     if run.metrics is None:
         return
     per_second = run.config.train.batch_tokens / step_seconds
@@ -138,6 +198,7 @@ def log(run: Run, figures: dict[str, float], step_seconds: float) -> None:
         "tokens": run.state.tokens,
         "tokens_per_s": per_second,
         "tflops_per_s_per_rank": tflops,
+        "step_seconds": run.state.seconds,  # of all steps so far
         "skipped_steps": len(run.state.skipped),
         **{f"epoch/{name}": value for name, value in run.sampler.epochs().items()},
         **router_figures(loads, run.config),
@@ -172,10 +233,12 @@ def router_figures(loads: dict[int, Tensor], config: RunConfig) -> dict[str, flo
 
 def evaluate(run: Run) -> None:
     assert run.heldout is not None
+    began = time.perf_counter()
     found = evaluate_on_ranks(run.engine, run.heldout, run.heldout_bytes, run.config.train.micro_batch_sequences)
     if run.metrics:
         bits = {"bits_per_byte": found.bits_per_byte} if found.bits_per_byte is not None else {}
-        run.metrics.write("eval", run.state.step, {"loss": found.loss, "tokens": found.tokens, **bits})
+        figures = {"loss": found.loss, "tokens": found.tokens, **bits, "seconds": time.perf_counter() - began}
+        run.metrics.write("eval", run.state.step, figures)
         shown = "".join(f", {value:.4f} bits per byte" for value in bits.values())
         run.say(f"step {run.state.step}  held-out loss {found.loss:.4f} nats a token{shown} ({found.tokens:,} tokens)")
 

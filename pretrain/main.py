@@ -36,9 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # where deepspeed's log is to go; it binds to stdout otherwise
             from pretrain import loop
             from pretrain.build import build
+            from pretrain.status import mark_done
 
         with build(config, env) as run:
-            return loop.train(run)
+            code = loop.train(run)
+            run.status.step = run.state.step
+            if code == EXIT_DONE and env.rank == 0:
+                mark_done(Path(config.run_dir), run.state.step)
+        run.status.write("done" if code == EXIT_DONE else "stopped")
+        return code
     except RankFailed as error:
         return error.exit_code
     except UserError as error:

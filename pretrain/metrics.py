@@ -16,18 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.goodput import LedgerFile
 from pretrain.metrics_file import drop_after
 
 
 class Metrics:
     """Sinks of one run."""
 
-    def __init__(self, run_dir: Path, from_step: int, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, from_step: int, total_steps: int, console: Console | None = None, start: int = 1
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        drop_after(path, from_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
+        self._ledger = LedgerFile(run_dir, start)
+        self._run_dir = run_dir
+        self._open(from_step)
         self._console = console or Console(stderr=False)
         self._progress = Progress(
             TextColumn("step"),
@@ -43,10 +45,24 @@ class Metrics:
         self._task = self._progress.add_task("train", total=total_steps, completed=from_step, shown="")
         self._progress.start()
 
+    def _open(self, from_step: int) -> None:
+        path = self._run_dir / "metrics.jsonl"
+        drop_after(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=from_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Forget what lies beyond `step`: the run goes on from there again."""
+        self._file.close()
+        self._board.close()
+        self._open(step)
+        self.advance(step)
+
     def write(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         """Append one record; numbers also go to TensorBoard as kind/name."""
         self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **figures}) + "\n")
         self._file.flush()
+        self._ledger.note(kind, figures)
         for name, value in figures.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -66,6 +82,7 @@ class Metrics:
 
     def close(self) -> None:
         self._progress.stop()
+        self._ledger.close()
         self._file.close()
         self._board.close()
 

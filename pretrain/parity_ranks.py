@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model.init import initial_value
 from model.loss import language_model_loss
 from parallel import checkpoint_store as store
 from parallel import groups
+from parallel.checkpoint_serial import LazyTensor, write_whole
 from parallel.engine import Engine, MicroBatch
 from parallel.fragments import TensorBoxes
 from parallel.topology import Topology
@@ -66,9 +68,12 @@ def seed_model(config: RunConfig) -> GLaM:
 
 
 def write_seed_checkpoint(config: RunConfig, folder: Path) -> None:
-    """The weights every layout starts from."""
-    weights = {f"{name}/weight": parameter.detach() for name, parameter in seed_model(config).named_parameters()}
-    store.save(folder, weights, {"config": config.model_dump(mode="json")})
+    """The weights every layout starts from; by this process alone, whatever ranks it has met."""
+    weights = [
+        LazyTensor(f"{name}/weight", tuple(parameter.shape), "float32", partial(parameter.detach().narrow, 0))
+        for name, parameter in seed_model(config).named_parameters()
+    ]
+    write_whole(folder, weights, {"config": config.model_dump(mode="json")})
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------

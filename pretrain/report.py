@@ -38,11 +38,13 @@ def plot_run(run_dir: Path) -> Path:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    marks = {"resumed": ":", "skipped": "-"}
+    marks = {"resumed": ("grey", ":"), "skipped": ("grey", "-"), "rolled_back": ("firebrick", "--")}
     for event in (r for r in records if r["kind"] == "event" and r["event"] in marks):
+        colour, style = marks[event["event"]]
         for axis in axes.flat:
-            axis.axvline(event["step"], color="grey", linestyle=marks[event["event"]], linewidth=0.8)
-    figure.suptitle(f"{run_dir.name}   (dotted: resumed, solid grey: step skipped)")
+            axis.axvline(event["step"], color=colour, linestyle=style, linewidth=0.8)
+    shown = "dotted: resumed, solid grey: step skipped, dashed red: rolled back to here"
+    figure.suptitle(f"{run_dir.name}   ({shown})")
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,6 +15,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._file: Path | None = None
+
+    def watch_for(self, file: Path) -> None:
+        """Also stop when this file is there: how a run without a scheduler is asked to."""
+        self._file = file
 
     def listen(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -26,4 +32,6 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
     def __bool__(self) -> bool:
+        if self.name is None and self._file is not None and self._file.exists():
+            self.name = f"the file {self._file}"
         return self.name is not None

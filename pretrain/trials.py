@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.layout import layout_faults, nearest_layout
 from configs.run import RunConfig
+from parallel.topology import Topology
 
 # As the field abbreviates them -> key of the configuration's `parallel`.
 SHORT = {
@@ -50,14 +51,14 @@ def make_trials(
             "a router that decides alike under every layout",
             "add model.moe.router='{kind: topk}' to check the layout; the noise itself is no matter of layouts",
         )
-    asked = [_read(text, micro_batches, config.parallel.schedule) for text in layouts or [_halved(config)]]
+    asked = [_read(text, micro_batches, config.parallel.schedule) for text in layouts or [halved(config)]]
     sequences = math.lcm(*(layout["dp"] * layout["mb"] for layout in asked))
     tree = config.model_dump(mode="json")
     small = tree if full_size else copy.deepcopy(tree)
     if not full_size:
         _shrink(small, asked)
     trials = []
-    for text, layout in zip(layouts or [_halved(config)], asked):
+    for text, layout in zip(layouts or [halved(config)], asked):
         _configure(tree, text, layout, sequences)  # refuses what the model itself cannot carry, though a small one may
         trial = _configure(small, text, layout, sequences)
         ranks = layout["dp"] * layout["tp"] * layout["pp"]
@@ -111,7 +112,13 @@ def _configure(tree: dict[str, Any], text: str, layout: dict[str, Any], sequence
     return RunConfig.check(changed, where=f"--layout {text}")
 
 
-def _halved(config: RunConfig) -> str:
+def layout_of(topology: Topology) -> str:
+    """The degrees of ranks that are there, as `--layout` takes them."""
+    degrees = {"tp": topology.tensor, "pp": topology.pipeline, "ep": topology.expert, "dp": topology.data}
+    return ",".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "dp=1"
+
+
+def halved(config: RunConfig) -> str:
     """The configured layout with every degree above 1 brought down to 2: its kind, on few ranks."""
     p = config.parallel
     data = 2 if p.data == "auto" or p.data > 1 else 1

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from configs.errors import UserError
 
+SUBMITTED = "GLAM_SUBMIT"  # set by the batch script, to its folder
+
 
 @dataclass(frozen=True)
 class LaunchEnv:
@@ -103,3 +105,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def outside_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment without what a job around this process, or the user's defaults, would tell sbatch: variables
+    outrank the script's own options."""
+    env = os.environ if environ is None else environ
+    own = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {k: v for k, v in env.items() if k in own or not k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))}
+
+
+def submitted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a job of `glam submit` started this process: it comes back by itself, nobody typed a command."""
+    return bool((os.environ if environ is None else environ).get(SUBMITTED))

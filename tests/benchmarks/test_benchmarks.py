@@ -127,7 +127,8 @@ def test_data_prep_measures_every_case() -> None:
     assert 0 < start["seconds"] < 60
 
 
-MODULES = ["checkpoint", "checkpoint_scale", "data_prep", "moe_layer", "vocabulary_loss", "training_step", "startup", "layouts"]
+MODULES = ["checkpoint", "checkpoint_scale", "data_prep", "moe_layer", "vocabulary_loss", "training_step", "startup"]
+MODULES += ["layouts"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,4 +1,4 @@
-"""pretrain/main.py with a fault: FAULT (raise, kill or hang) strikes rank FAULT_RANK in its third step."""
+"""pretrain/main.py with a fault: FAULT (raise, memory, kill, freeze or hang) strikes rank FAULT_RANK in step three."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ def next_micro_batches(run: Any) -> Any:
         fault = os.environ["FAULT"]
         if fault == "raise":
             raise ZeroDivisionError("a fault of this rank's own")
+        if fault == "memory":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(3600)
     return original(run)
 

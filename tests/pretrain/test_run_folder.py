@@ -20,8 +20,9 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.blocklist import Blocked
 from pretrain.data import Cursor
-from pretrain.health import LARGEST_NORM, fit_to_apply
+from pretrain.health import LARGEST_NORM, BadStep, History, fit_to_apply
 from pretrain.metrics import Metrics
 from pretrain.metrics_file import drop_after, read_metrics
 from pretrain.report import plot_run
@@ -50,6 +51,15 @@ def test_a_norm_whose_square_overflows_float32_skips_the_update() -> None:
 
 # ---- state ------------------------------------------------------------------------------------------------------
 counts = st.dictionaries(st.text(max_size=5), st.integers(0, 2**60), max_size=4)
+figures = st.lists(st.floats(0, 1e9), max_size=4)
+entries = st.builds(
+    Blocked,
+    *(st.text(max_size=5),) * 2,
+    st.integers(2, 9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    *(st.integers(0),) * 2,
+)
 states = st.builds(
     TrainState,
     step=st.integers(0, 2**40),
@@ -60,6 +70,12 @@ states = st.builds(
     cursor=st.builds(
         Cursor, drawn=counts, mixed=counts, weights=st.dictionaries(st.text(max_size=5), st.floats(0, 1), max_size=4)
     ),
+    history=st.builds(History, st.text(max_size=5), figures, figures, figures),
+    row=st.lists(
+        st.builds(BadStep, st.integers(0, 9), *(st.text(max_size=5),) * 3, st.lists(entries, max_size=2).map(tuple)),
+        max_size=2,
+    ),
+    blocklist=st.lists(entries, max_size=3),
 )
 
 
@@ -73,6 +89,20 @@ def test_state_from_another_time_is_noticed() -> None:
     tree = TrainState().to_json()
     with pytest.raises(TypeError):
         TrainState.from_json({**tree, "unknown": 1})
+
+
+def test_state_of_a_checkpoint_from_before_there_was_a_history() -> None:
+    tree = TrainState(step=3, skipped=[2]).to_json()
+    for key in ("history", "row", "blocklist"):
+        del tree[key]
+    assert TrainState.from_json(tree) == TrainState(step=3, skipped=[2])
+
+
+def test_a_row_of_unfit_steps_says_where_a_rollback_may_go() -> None:
+    bad = [BadStep(step, "not finite", "nan", "nan", ()) for step in (8, 9)]
+    assert TrainState(step=9, row=bad).last_fit_step == 7 and TrainState(step=9).last_fit_step == 9
+    entries = [Blocked("a", "d", 8, 0, number, 0, 5) for number in (0, 2, 1)]
+    assert TrainState(blocklist=entries).rollbacks == 2 and TrainState().rollbacks == 0
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------
@@ -188,6 +218,7 @@ def test_picture_shows_what_the_metrics_say(tmp_path: Path) -> None:
         "base": training(0.1),
         "resumed": [*training(0.1), event("resumed")],
         "skipped": [*training(0.1), event("skipped")],
+        "rolled_back": [*training(0.1), event("rolled_back")],
         "more": [*training(0.1, **{"layer_00/max_over_mean": 1.3}), *heldout],
         "unmarked": [event("started"), *training(0.1), event("saved")],  # no one asked for lines at these
     }
@@ -199,9 +230,10 @@ def test_picture_shows_what_the_metrics_say(tmp_path: Path) -> None:
     base = pictures["base"]
     assert min(base.shape[:2]) > 400
     assert len(np.unique(base.reshape(-1, 3), axis=0)) > 50, "an empty canvas has few colours"
-    for name in ("resumed", "skipped", "more"):
+    for name in ("resumed", "skipped", "rolled_back", "more"):
         assert (pictures[name] != base).any(axis=-1).mean() > 1e-4, name
     assert (pictures["resumed"] != pictures["skipped"]).any()
+    assert (pictures["rolled_back"] != pictures["skipped"]).any()
     assert np.array_equal(pictures["unmarked"], base)
 
 

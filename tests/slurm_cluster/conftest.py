@@ -1,0 +1,46 @@
+"""One cluster for all tests of this folder, and a tiny run to take through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster.cluster import Slurm, Unfit, started
+from tests.slurm_cluster.tiny_run import TinyRun
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: takes many minutes; run with `make soak`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in soak]
+        config.hook.pytest_deselected(items=soak)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = tmp_path_factory.mktemp("slurm")
+    try:
+        with started(folder) as slurm:
+            yield slurm
+    except Unfit as why:
+        pytest.skip(str(why))
+
+
+@pytest.fixture
+def slurm(cluster: Slurm) -> Iterator[Slurm]:
+    """The cluster without jobs, all nodes idle."""
+    cluster.clean_up()
+    yield cluster
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> TinyRun:
+    """A run of its own for each test."""
+    return TinyRun.write(tmp_path, corpus)
