@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["configs", "model", "parallel", "data_prep", "slurm", "pretrain"],
-    package_data={"configs": ["*.yaml"]},
+    package_data={"configs": ["*.yaml"], "slurm": ["templates/*.sh", "clusters/*.yaml"]},
     install_requires=[
         "torch>=2.11,<=2.13.0",  # wider, and pip fetches gigabytes of CUDA for a build we have not measured
         "deepspeed==0.19.8",  # its private parts are worked around by name; tests say when they move
@@ -29,6 +29,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.5",
         "psutil>=5.9",
+        "packaging>=23",
         "rich>=13.7",
         "tensorboard>=2.16",
         "matplotlib>=3.8",

@@ -94,6 +94,14 @@ def glam_parser() -> argparse.ArgumentParser:
             "glam parity configs/demo.yaml --layout tp=2,pp=2,ep=2,dp=2 --layout dp=2,zero=0",
         )
     )
+    _on_cluster(configured)
+    _life(verb)
+    _run_views(verb)
+    _checkpoint_views(verb)
+    return parser
+
+
+def _on_cluster(configured: MakeVerb) -> None:
     configured(
         "preflight",
         "Ask the machines whether they can carry a run: memory, disks, data, clocks, speeds. Exit code 1 if one says "
@@ -108,10 +116,6 @@ def glam_parser() -> argparse.ArgumentParser:
             "glam submit configs/glam_1.7b_64e.yaml --cluster slurm/clusters/example.yaml --nodes 16 --dry-run",
         )
     )
-    _life(verb)
-    _run_views(verb)
-    _checkpoint_views(verb)
-    return parser
 
 
 def _submit(submit: argparse.ArgumentParser) -> None:

@@ -54,6 +54,11 @@ class JobPlan:
         return self.submit_dir / "code"
 
 
+# MPICH's other network module has addresses so long that SLURM's pmi2, which reads them in pieces, loses its place now
+# and then (SLURM 22.05, MPICH 5.0: one start in five failed or hung; with this none of fourteen).
+_PREP_ENV = (("MPIR_CVAR_CH4_NETMOD", "ofi"),)
+
+
 def render_training(plan: JobPlan) -> str:
     """The script of a training job."""
     limits = {
@@ -63,24 +68,29 @@ def render_training(plan: JobPlan) -> str:
         "MAX_WITHOUT_PROGRESS": plan.site.max_without_progress,
         "PROCESSES": "hidden" if plan.site.container else "visible",  # whether a rank's process id means it out here
     }
-    return _script(plan, limits, _task(plan), _launch(plan), ("common.sh", "train.sh"))
+    return _script(plan, limits, (), _task(plan), _launch(plan), ("common.sh", "train.sh"))
 
 
 def render_prep(plan: JobPlan) -> str:
     """The script of a job that prepares a corpus."""
     task = ['exec "${PYTHON[@]}" "$CODE/pretrain/cli.py" prep "$SUBMIT/config.yaml"']
     launch = [_srun(plan, plan.nodes.ranks_per_node, plan.site.cpus_per_rank, f"--mpi={plan.site.mpi}")]
-    return _script(plan, {}, task, launch, ("common.sh", "prep.sh"))
+    return _script(plan, {}, _PREP_ENV, task, launch, ("common.sh", "prep.sh"))
 
 
 def _script(
-    plan: JobPlan, limits: dict[str, int | str], task: Sequence[str], launch: Sequence[str], templates: Sequence[str]
+    plan: JobPlan,
+    limits: dict[str, int | str],
+    more_env: Sequence[tuple[str, str]],
+    task: Sequence[str],
+    launch: Sequence[str],
+    templates: Sequence[str],
 ) -> str:
     site = plan.site
     words = {"RUN": plan.run_dir, "SUBMIT": plan.submit_dir, "CODE": plan.code, "RANKS": plan.nodes.ranks, **limits}
     # Of the shell in which `glam submit` was typed: they would tell each rank that it is another.
     stale = "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-    env = {"OMP_NUM_THREADS": str(site.cpus_per_rank), "PYTHONUNBUFFERED": "1", **site.env}
+    env = {"OMP_NUM_THREADS": str(site.cpus_per_rank), "PYTHONUNBUFFERED": "1", **dict(more_env), **site.env}
     lines = [
         "#!/bin/bash",
         "# Made by `glam submit`. What this job runs lies beside this file: an edit of the checkout changes nothing.",

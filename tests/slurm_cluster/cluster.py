@@ -130,7 +130,7 @@ class Slurm:
         self.run("scancel", *([f"--signal={signal}"] if signal else []), *jobs)
 
     def kill_node(self, node: str, what: str = "node") -> str:
-        """SIGKILL to a node's processes: all (`node`), or `slurmd`, `slurmstepd`, `tasks`; says which."""
+        """No power any more (`node`); or SIGKILL to its `slurmd`, `slurmstepd` or `tasks`. Says what was killed."""
         done = _script("kill.sh", self.folder, node, what)
         assert done.returncode == 0, done.stderr
         return done.stdout

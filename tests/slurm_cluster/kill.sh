@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# kill.sh FOLDER NODE [node|slurmd|slurmstepd|tasks]: SIGKILL to all processes of a node (default), or to those of a kind.
+# kill.sh FOLDER NODE [node|slurmd|slurmstepd|tasks]: SIGKILL to processes of a kind, or (default) to all of the node, after
+# its wire was pulled: a machine without power closes no connection. mend.sh brings it back.
 set -euo pipefail
 root=$1 node=$2 what=${3:-node}
+[ "$what:$(cat "$root/mode")" != node:ns ] || "$root/exec" ip link set "to-$node" down
 "$root/exec" bash -s "$(cat "$root/mode")" "$root/run/$node.pid" "$node" "$what" <<'INSIDE'
 mode=$1 pid_file=$2 node=$3 what=$4
 is_task() { tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURMD_NODENAME=$node"; }

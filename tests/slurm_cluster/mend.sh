@@ -5,6 +5,7 @@ root=$1 node=$2
 unset "${!SLURM_@}"
 cd /
 if [ "$(cat "$root/mode")" = ns ]; then
+  "$root/exec" ip link set "to-$node" up
   "$root/exec" ip -n "$node" route del blackhole 10.77.0.1 2>/dev/null || true
   on_node=(nsenter --net="/run/netns/$node" unshare --uts sh -c 'hostname "$1" && shift && exec "$@"' sh "$node")
 else

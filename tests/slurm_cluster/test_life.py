@@ -92,32 +92,26 @@ def test_crash_loop_ends(submitted: Submitted, tmp_path: Path) -> None:
     assert "max_without_progress" in decisions[-1].reason
 
 
-def test_cancelled_then_stopped_then_done(submitted: Submitted) -> None:
-    """scancel: saved within SLURM's KillWait, and it does not come back; neither after `glam stop`. Submits go on."""
+def test_cancelled(submitted: Submitted) -> None:
+    """scancel: saved within SLURM's KillWait, and it does not come back. `glam submit` goes on."""
     job = submitted.submit()
     submitted.until_step(3)
     submitted.slurm.cancel(job)
-    assert submitted.slurm.wait(job) == "CANCELLED"
+    assert submitted.slurm.wait(job) == "CANCELLED" and submitted.slurm.restarts(job) == 0
     stopped_at = submitted.tiny.steps()[-1]
-    submitted.until_log(f"stopped after step {stopped_at} ")
-    assert submitted.tiny.saved_steps()[-1] == stopped_at and submitted.slurm.restarts(job) == 0
+    assert f"stopped after step {stopped_at} " in submitted.log()
+    assert submitted.tiny.saved_steps()[-1] == stopped_at
 
-    job = submitted.submit()
-    submitted.until_step(stopped_at + 3)
-    submitted.slurm.run(*GLAM, "stop", submitted.run)
-    assert submitted.slurm.wait(job) == "COMPLETED", submitted.log()
-    stopped_at = submitted.tiny.steps()[-1]
-    assert submitted.tiny.saved_steps()[-1] == stopped_at and submitted.slurm.restarts(job) == 0
-
-    submitted.submit(f"train.steps={stopped_at}")
+    submitted.submit(f"train.steps={stopped_at + 20}")
     submitted.until_done()
-    submitted.check_whole(starts=3)
+    submitted.check_whole(starts=2)
 
 
 def test_two_incarnations(submitted: Submitted) -> None:
     """Nodes are cut off from SLURM, not from the disk: it starts the run elsewhere while the older start goes on."""
     if not submitted.slurm.has_networks:
         pytest.skip("nodes without networks of their own cannot be cut off")
+    submitted.site["ranks_per_node"] = 1  # there will be twice as many at a time
     job = submitted.submit("train.save_every_steps=50")  # the older start hears of the newer one when it saves
     submitted.until_step(52)
     old = submitted.nodes()
