@@ -36,7 +36,7 @@ from pretrain.metrics import Metrics
 from pretrain.state import TrainState
 from pretrain.status import FOLDER, STOP, RankStatus, unmark_done
 from pretrain.stop_signals import StopRequest
-from slurm.environ import LaunchEnv
+from slurm.environ import LaunchEnv, submitted
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _take_up_markers(run_dir: Path, stop: StopRequest, env: LaunchEnv, ended: bo
     """Files by which a run is steered from outside, on rank 0."""
     if not ended:
         unmark_done(run_dir)
-    if env.launcher != "srun":  # somebody starts it by hand; a job that comes back by itself must obey
+    if env.launcher != "srun" and not submitted():  # started by hand; a job that comes back by itself must obey
         (run_dir / STOP).unlink(missing_ok=True)
     stop.watch_for(run_dir / STOP)
 
