@@ -48,7 +48,9 @@ def test_warned_saved_resumed_done(slurm: Slurm, tiny: TinyRun) -> None:
 
 def test_prep_by_mpi_ranks_of_two_nodes(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     """The bytes are those of one process."""
-    said = slurm.srun("--mpi=pmi2", *GLAM, "prep", corpus / "corpus.yaml", f"output={tmp_path}/out")
+    # The wheel's other network module garbles about every fourth start under pmi2 here (docs/data.md).
+    ofi = "--export=ALL,MPIR_CVAR_CH4_NETMOD=ofi"
+    said = slurm.srun("--mpi=pmi2", ofi, *GLAM, "prep", corpus / "corpus.yaml", f"output={tmp_path}/out")
     assert said.count("vocabulary 512") == 1, said  # one world of four: with another --mpi there are four of one
     assert tree_hashes(tmp_path / "out") == tree_hashes(corpus)
 
