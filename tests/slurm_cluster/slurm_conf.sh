@@ -33,7 +33,8 @@ JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=6
-MessageTimeout=5
+# Longer than KillWait: a request to end a step that seems lost is sent again a minute later, to the next start of the job.
+MessageTimeout=8
 KillWait=5
 UnkillableStepTimeout=30
 EnforcePartLimits=ALL
