@@ -6,7 +6,11 @@ root=$1 node=$2 what=${3:-node}
 [ "$what:$(cat "$root/mode")" != node:ns ] || "$root/exec" ip link set "to-$node" down
 "$root/exec" bash -s "$(cat "$root/mode")" "$root/run/$node.pid" "$node" "$what" <<'INSIDE'
 mode=$1 pid_file=$2 node=$3 what=$4
-is_task() { tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURMD_NODENAME=$node"; }
+is_task() {  # of this cluster: others on the machine may have a node of the same name
+  local words
+  words=$(tr '\0' '\n' 2>/dev/null <"/proc/$1/environ") &&
+    grep -qxF "SLURMD_NODENAME=$node" <<<"$words" && grep -qxF "SLURM_CONF=$SLURM_CONF" <<<"$words"
+}
 is_here() {  # process $1 of the name $2
   if [ "$mode" = ns ]; then  # a slurmd and all it started share a host name of their own
     nsenter -t "$1" --uts hostname 2>/dev/null | grep -qx "$node"

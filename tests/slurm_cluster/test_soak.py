@@ -13,7 +13,6 @@ from tests.slurm_cluster.cluster import ENDED, Slurm
 from tests.slurm_cluster.tiny_run import Submitted, TinyRun
 
 KILLS, STEPS = 20, 500
-RANK = "code/pretrain/main.py"
 
 
 @pytest.mark.soak
@@ -28,7 +27,7 @@ def test_twenty_random_kills_of_ranks(slurm: Slurm, tiny: TinyRun, corpus: Path)
     killed = 0
     while killed < KILLS and slurm.state(job) not in ENDED:
         wait_for_a_moment(submitted, chance)
-        if ranks := slurm.processes(RANK):
+        if ranks := submitted.rank_processes():
             before = slurm.restarts(job)
             slurm.run("kill", "-KILL", chance.choice(ranks), code=None)
             slurm.until(job, lambda: slurm.restarts(job) > before, "to be queued again", 120)  # noqa: B023
@@ -47,11 +46,10 @@ def test_twenty_random_kills_of_ranks(slurm: Slurm, tiny: TinyRun, corpus: Path)
 
 def wait_for_a_moment(submitted: Submitted, chance: random.Random) -> None:
     """Some are while the ranks start, most while they train."""
-    slurm = submitted.slurm
-    slurm.until(submitted.job, lambda: bool(slurm.processes(RANK)), "to start", 60)
+    submitted.slurm.until(submitted.job, lambda: bool(submitted.rank_processes()), "to start", 60)
     if chance.random() < 0.25:
         time.sleep(chance.random() * 8)
         return
     steps = chance.randrange(1, 25)
-    slurm.until(submitted.job, lambda: submitted.log_of_start().count("  loss ") >= steps, "to train", 120)
+    submitted.slurm.until(submitted.job, lambda: submitted.log_of_start().count("  loss ") >= steps, "to train", 120)
     time.sleep(chance.random() * 0.3)

@@ -115,6 +115,9 @@ class Submitted:
         names = self.slurm.run("scontrol", "show", "hostnames", self.slurm.facts(self.job)["NodeList"])
         return names.split()
 
+    def rank_processes(self) -> list[int]:
+        return self.slurm.processes(f"{self.folder}/code/pretrain/main.py")
+
     @property
     def folder(self) -> Path:
         """Of the newest submit."""
