@@ -16,6 +16,7 @@ ROOT = HERE.parents[1]
 CANNOT_RUN_HERE = 77
 NODES = ("node1", "node2", "node3", "node4")
 TWO_BY_TWO = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2")
+PATIENCE_S = 240.0  # on a machine with much else to do; what goes wrong usually ends a job, and with it the wait
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM", "CROSS_", "PMI_")
 
@@ -61,7 +62,7 @@ class Slurm:
         lines = (line.split() for line in (self.folder / "etc/nodes").read_text().splitlines())
         return {name: address for address, name in lines}[node]
 
-    def run(self, *command: object, code: int | None = 0, timeout_s: float = 90) -> str:
+    def run(self, *command: object, code: int | None = 0, timeout_s: float = PATIENCE_S) -> str:
         """What a command said that was typed where the cluster can be reached; it must end with `code`, if not None."""
         process = subprocess.Popen(
             [str(self.folder / "exec"), *map(str, command)], cwd=ROOT, env=self.environ, text=True,
@@ -76,7 +77,7 @@ class Slurm:
         assert code is None or process.returncode == code, f"exit code {process.returncode}\n{said}"
         return said
 
-    def srun(self, *arguments: object, code: int | None = 0, timeout_s: float = 90) -> str:
+    def srun(self, *arguments: object, code: int | None = 0, timeout_s: float = PATIENCE_S) -> str:
         """Two tasks on each of two nodes, from outside any job, as from a login node."""
         return self.run("srun", *TWO_BY_TWO, *arguments, code=code, timeout_s=timeout_s)
 
@@ -109,13 +110,13 @@ class Slurm:
         path = Path(self.facts(job)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, job: int, states: str | Sequence[str] = ENDED, timeout_s: float = 60) -> str:
+    def wait(self, job: int, states: str | Sequence[str] = ENDED, timeout_s: float = PATIENCE_S) -> str:
         """Until the job is in one of the states; ended jobs do not leave theirs."""
         wanted = (states,) if isinstance(states, str) else states
         self.until(job, lambda: self.state(job) in wanted, f"to be {' or '.join(wanted)}", timeout_s)
         return self.state(job)
 
-    def until(self, job: int, true: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    def until(self, job: int, true: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
         """Until something is true while the job has not ended in another way."""
         deadline = time.monotonic() + timeout_s
         while not true():
@@ -128,6 +129,15 @@ class Slurm:
 
     def cancel(self, *jobs: int, signal: str | None = None) -> None:
         self.run("scancel", *([f"--signal={signal}"] if signal else []), *jobs)
+
+    def warn_soon(self, job: int) -> None:
+        """Move the job's time limit to where SLURM's warning a minute before is due, and time is left to hear it.
+
+        SLURM looks every 30 s, warns of what will be due by the next look, and takes limits in whole minutes.
+        """
+        hours, minutes, seconds = (int(part) for part in self.facts(job)["RunTime"].split(":"))
+        limit = -(-(hours * 3600 + minutes * 60 + seconds + 50) // 60)
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
     def kill_node(self, node: str, what: str = "node") -> str:
         """No power any more (`node`); or SIGKILL to its `slurmd`, `slurmstepd` or `tasks`. Says what was killed."""
@@ -158,7 +168,7 @@ class Slurm:
             self.cancel(*map(int, jobs))
         for node in NODES:
             self.mend_node(node)
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 90
         while (states := self.node_states()) != dict.fromkeys(NODES, "idle"):
             assert time.monotonic() < deadline, f"{states}\n{self.run('squeue')}"
             time.sleep(0.2)

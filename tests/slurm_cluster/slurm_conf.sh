@@ -32,7 +32,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=6
+SlurmdTimeout=10
 # Longer than KillWait: a request to end a step that seems lost is sent again a minute later, to the next start of the job.
 MessageTimeout=8
 KillWait=5
@@ -45,7 +45,7 @@ for at in "${!nodes[@]}"; do
   echo "NodeName=${nodes[at]} NodeAddr=${address[at]} Port=$((16821 + at)) CPUs=2 RealMemory=4096"
 done
 cat <<CONF
-PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 DefaultTime=10:00
-PartitionName=low Nodes=ALL PriorityTier=0 DefaultTime=10:00 PreemptMode=REQUEUE GraceTime=20
-PartitionName=high Nodes=ALL PriorityTier=10 DefaultTime=10:00 PreemptMode=OFF
+PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 DefaultTime=30:00
+PartitionName=low Nodes=ALL PriorityTier=0 DefaultTime=30:00 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes=ALL PriorityTier=10 DefaultTime=30:00 PreemptMode=OFF
 CONF

@@ -28,9 +28,7 @@ def test_time_limit(submitted: Submitted) -> None:
     """SLURM's warning; save, requeue, resume, done."""
     submitted.submit()
     submitted.until_step(3)
-    submitted.limit_minutes(1)  # the warning, a minute before, is due
-    submitted.until_log("got USR1")
-    submitted.limit_minutes(10)
+    submitted.warn_once()
     submitted.end_soon()
     submitted.until_done()
     asked, done = read_decisions(submitted.run)
@@ -85,7 +83,7 @@ def test_crash_loop_ends(submitted: Submitted, tmp_path: Path) -> None:
     broken.chmod(0o755)
     submitted.site |= {"python": str(broken), "max_without_progress": 3}
     job = submitted.submit()
-    assert submitted.slurm.wait(job, timeout_s=90) == "FAILED"
+    assert submitted.slurm.wait(job) == "FAILED"
     assert submitted.slurm.facts(job)["ExitCode"] == f"{EXIT_FAILED}:0"
     decisions = read_decisions(submitted.run)
     assert [decision.requeue for decision in decisions] == [True, True, False], submitted.log()
@@ -117,7 +115,7 @@ def test_two_incarnations(submitted: Submitted) -> None:
     old = submitted.nodes()
     for node in old:
         submitted.slurm.cut_node(node)
-    submitted.slurm.until(job, lambda: submitted.tiny.starts() == 2, "to start elsewhere", 90)
+    submitted.slurm.until(job, lambda: submitted.tiny.starts() == 2, "to start elsewhere")
     assert not set(old) & set(submitted.nodes())
     submitted.until_log("was started again")  # says the older one, and ends
     for node in old:

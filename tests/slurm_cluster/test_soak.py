@@ -30,26 +30,26 @@ def test_twenty_random_kills_of_ranks(slurm: Slurm, tiny: TinyRun, corpus: Path)
         if ranks := submitted.rank_processes():
             before = slurm.restarts(job)
             slurm.run("kill", "-KILL", chance.choice(ranks), code=None)
-            slurm.until(job, lambda: slurm.restarts(job) > before, "to be queued again", 120)  # noqa: B023
+            slurm.until(job, lambda: slurm.restarts(job) > before, "to be queued again")  # noqa: B023
             killed += 1
-    submitted.until_done(300)
+    submitted.until_done()
     assert killed == KILLS, f"only {killed} times, then it was done"
     assert sum(decision.requeue for decision in read_decisions(tiny.run)) >= KILLS
     submitted.check_whole(starts=tiny.starts())  # some were killed before they had become one
 
     calm = TinyRun.write(tiny.config.parent, corpus, "calm", steps=STEPS)
     job = slurm.job(*calm.command())
-    assert slurm.wait(job, timeout_s=300) == "COMPLETED", slurm.log(job)
+    assert slurm.wait(job) == "COMPLETED", slurm.log(job)
     assert tiny.losses() == calm.losses()
     assert tiny.weights() == calm.weights()
 
 
 def wait_for_a_moment(submitted: Submitted, chance: random.Random) -> None:
     """Some are while the ranks start, most while they train."""
-    submitted.slurm.until(submitted.job, lambda: bool(submitted.rank_processes()), "to start", 60)
+    submitted.slurm.until(submitted.job, lambda: bool(submitted.rank_processes()), "to start")
     if chance.random() < 0.25:
         time.sleep(chance.random() * 8)
         return
     steps = chance.randrange(1, 25)
-    submitted.slurm.until(submitted.job, lambda: submitted.log_of_start().count("  loss ") >= steps, "to train", 120)
+    submitted.slurm.until(submitted.job, lambda: submitted.log_of_start().count("  loss ") >= steps, "to train")
     time.sleep(chance.random() * 0.3)

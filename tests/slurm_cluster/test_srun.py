@@ -34,7 +34,7 @@ def test_warned_saved_resumed_done(slurm: Slurm, tiny: TinyRun) -> None:
     """SLURM's warning before a time limit: all ranks save at one step and leave; the next start goes on from there."""
     job = slurm.job(*tiny.command("train.steps=100000"), options=["--signal=USR1@60", "--no-requeue"])
     slurm.until(job, lambda: len(tiny.steps()) >= 3, "to train")
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # less than a minute is left: the warning is due
+    slurm.warn_soon(job)
     assert slurm.wait(job) == "FAILED" and slurm.facts(job)["ExitCode"] == f"{EXIT_STOPPED}:0", slurm.log(job)
     stopped_at = tiny.steps()[-1]
     assert f"stopped after step {stopped_at} of 100000 (SIGUSR1)" in slurm.log(job)
@@ -57,7 +57,7 @@ def test_prep_by_mpi_ranks_of_two_nodes(slurm: Slurm, corpus: Path, tmp_path: Pa
 
 def test_parity_on_ranks_of_two_nodes(slurm: Slurm, tiny: TinyRun) -> None:
     job = slurm.job(*GLAM, "parity", tiny.config, "--layout", "tp=2,ep=2,dp=2", "--steps", 2, "--json")
-    assert slurm.wait(job, timeout_s=90) == "COMPLETED", slurm.log(job)
+    assert slurm.wait(job) == "COMPLETED", slurm.log(job)
     said = slurm.log(job)
     (verdict,) = json.loads(next(line for line in said.splitlines() if line.startswith("{")))["layouts"]
     assert verdict["agrees"] and verdict["ranks"] == 4, said

@@ -97,7 +97,7 @@ class Submitted:
     job: int = 0
 
     def submit(self, *overrides: str) -> int:
-        site = {"ranks_per_node": 2, "time_limit": "10", "warning_s": 60, "kill_wait_s": 5, **self.site}
+        site = {"ranks_per_node": 2, "time_limit": "30", "warning_s": 60, "kill_wait_s": 5, **self.site}
         file = self.tiny.config.with_name("cluster.yaml")
         file.write_text(yaml.safe_dump(site), encoding="utf-8")
         command = [*GLAM, "submit", self.tiny.config, "--cluster", file, "--nodes", 2, "train.steps=100000", *overrides]
@@ -123,15 +123,18 @@ class Submitted:
         """Of the newest submit."""
         return max((self.tiny.run / "submits").iterdir())
 
-    def limit_minutes(self, limit: int) -> None:
-        self.slurm.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={limit}")
+    def warn_once(self) -> None:
+        """SLURM's warning before a time limit; the start that follows has time again."""
+        self.slurm.warn_soon(self.job)
+        self.until_log("got USR1")
+        self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=30")
 
-    def until_step(self, step: int, timeout_s: float = 90) -> None:
+    def until_step(self, step: int) -> None:
         reached = lambda: max(self.tiny.steps(), default=0) >= step  # noqa: E731
-        self.slurm.until(self.job, reached, f"to reach step {step}", timeout_s)
+        self.slurm.until(self.job, reached, f"to reach step {step}")
 
-    def until_log(self, words: str, timeout_s: float = 60) -> None:
-        self.slurm.until(self.job, lambda: words in self.log(), f"to say {words!r}", timeout_s)
+    def until_log(self, words: str) -> None:
+        self.slurm.until(self.job, lambda: words in self.log(), f"to say {words!r}")
 
     def log(self) -> str:
         path = self.folder / "job.log"
@@ -148,8 +151,8 @@ class Submitted:
         tree["train"]["steps"] = self.tiny.steps()[-1] + steps
         config.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
-    def until_done(self, timeout_s: float = 120) -> None:
-        assert self.slurm.wait(self.job, timeout_s=timeout_s) == "COMPLETED", self.log()
+    def until_done(self) -> None:
+        assert self.slurm.wait(self.job) == "COMPLETED", self.log()
         assert (self.tiny.run / "DONE").exists()
 
     def check_whole(self, starts: int) -> None:
