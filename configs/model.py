@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from configs.attention import AttentionConfig
 from configs.base import Strict
 
 Activation = Literal["gelu", "relu", "silu"]  # gelu is the tanh form
@@ -21,48 +22,6 @@ class FeedForwardConfig(Strict):
     width: int = Field(gt=0)  # F
     activation: Activation = "gelu"
     gated: bool = True
-
-
-class RelativeBias(Strict):
-    """T5's bucketed bias on attention logits, one table a layer (arXiv:1910.10683, sec. 2.1)."""
-
-    kind: Literal["relative_bias"] = "relative_bias"
-    num_buckets: int = Field(default=32, ge=2)
-    max_distance: int = Field(default=128, ge=2)
-
-
-class Rotary(Strict):
-    """Rotary embedding of queries and keys, halves rotated (arXiv:2104.09864)."""
-
-    kind: Literal["rotary"] = "rotary"
-    base: float = Field(default=10_000.0, gt=0)
-
-
-PositionConfig = Annotated[RelativeBias | Rotary, Field(discriminator="kind")]
-
-
-class AttentionConfig(Strict):
-    """Causal self-attention; heads x head_width need not equal the width (GLaM's large rows use twice it)."""
-
-    num_heads: int = Field(gt=0)  # H
-    head_width: int = Field(gt=0)  # N
-    num_kv_heads: int | None = Field(
-        default=None, ge=1
-    )  # fewer than num_heads: grouped-query attention; None: one per head
-    qk_norm: bool = False
-    position: PositionConfig = RelativeBias()
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
-        if self.position.kind == "rotary" and self.head_width % 2:
-            raise ValueError(f"head_width={self.head_width} must be even for rotary positions")
-        return self
 
 
 class CapacityConfig(Strict):

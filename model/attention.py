@@ -1,42 +1,52 @@
-"""Causal self-attention with grouped-query heads, either position scheme, and a cache for decoding.
+"""Causal self-attention with grouped-query heads, full or block-sparse, either position scheme, and decoding.
 
-B batch, S sequence of queries, K sequence of keys, D width, H heads, N head width.
+B batch, S sequence of queries, s the part of it that is here, K sequence of keys, D width, H heads, G groups of heads
+that share keys and values, N head width.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.model import ModelConfig, RelativeBias, Rotary
+from configs.attention import RelativeBias, Rotary
+from configs.model import ModelConfig
+from model.kv_cache import BlockCache, KeyValueCache
 from model.norm import RMSNorm
 from model.position import RelativePositionBias, rotate
+from model.sparse_attention import FULL, SparseAttention, attend_where
 
 
-class KeyValueCache:
-    """Keys and values of all positions seen so far by one layer, each [B, kv heads, K, N]."""
+class HeadExchange(Protocol):
+    """Part of every sequence, all heads <-> whole sequences, part of the heads: the seam of context parallelism."""
 
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    def enter(self, x_BHsN: Tensor) -> Tensor: ...
 
-    @property
-    def length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+    def leave(self, y_BHSN: Tensor) -> Tensor: ...
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the newest positions; returns everything cached."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
+
+class WholeSequences:
+    """Sequences are not split."""
+
+    def enter(self, x_BHsN: Tensor) -> Tensor:
+        return x_BHsN
+
+    def leave(self, y_BHSN: Tensor) -> Tensor:
+        return y_BHSN
 
 
 class Attention(nn.Module):
-    """x[B, S, D] -> [B, S, D]; row i attends to rows <= i. Width of q, k, v is heads x head_width, not D."""
+    """x[B, S, D] -> [B, S, D]; row i attends to rows <= i. Width of q, k, v is heads x head_width, not D.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Attributes:
+        blocks: the layer's block-sparse attention; None where it is plain full attention.
+        exchange: how whole sequences are had where each rank holds a part of them.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         spec, width = config.attention, config.width
         self.head_width, self.position = spec.head_width, spec.position
@@ -49,39 +59,83 @@ class Attention(nn.Module):
         self.bias = (
             RelativePositionBias(spec.num_heads, spec.position) if isinstance(spec.position, RelativeBias) else None
         )
+        self.blocks: SparseAttention | None = None
+        if spec.sparse and spec.sparse.is_sparse(layer):
+            self.blocks = SparseAttention(spec.sparse, layer, spec.kv_heads)
+        elif spec.document_end is not None:
+            full = (
+                FULL.model_copy(update={"kernel": spec.sparse.kernel, "block_size": spec.sparse.block_size})
+                if spec.sparse
+                else FULL
+            )
+            self.blocks = SparseAttention(full, layer, spec.kv_heads)
+        self.exchange: HeadExchange = WholeSequences()
 
-    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        start = cache.length if cache else 0
+    def new_cache(self, length: int) -> KeyValueCache:
+        """A cache for sequences of up to `length` positions."""
+        if self.blocks is None:
+            return KeyValueCache()
+        return BlockCache(self.blocks.layout(length, self.query.weight.device))
+
+    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None, start_BS: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            cache: the positions before these.
+            start_BS: position at which the document of each token starts; over whole sequences, whatever is here.
+        """
         q, k, v = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD)), self._heads(self.value(x_BSD))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.exchange.enter(q), self.exchange.enter(k), self.exchange.enter(v)
         if isinstance(self.position, Rotary):
+            start = cache.length if cache else 0
             q, k = rotate(q, self.position.base, start), rotate(k, self.position.base, start)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        y_BHSN = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=self._mask(q, k),
-            is_causal=self._is_plain_causal(start),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return self.out(y_BHSN.transpose(1, 2).flatten(2))
+        if isinstance(cache, BlockCache):
+            y_BHSN = self._decode_blocks(q, k, v, cache, start_BS)
+        elif self.blocks is not None:
+            y_BHSN = self.blocks(q, k, v, self.bias, start_BS)
+        else:
+            y_BHSN = self._attend_to_all(q, k, v, cache)
+        return self.out(self.exchange.leave(y_BHSN).transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         """[B, S, heads*N] -> [B, heads, S, N]."""
         return x_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-    def _is_plain_causal(self, start: int) -> bool:
-        return self.bias is None and start == 0
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Plain full attention."""
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mask = self._mask(q, k)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
-    def _mask(self, q_BHSN: Tensor, k_BHKN: Tensor) -> Tensor | None:
+    def _mask(self, q_BHSN: Tensor, k_BGKN: Tensor) -> Tensor | None:
         """Additive mask [1, H, S, K] where the bias or a cache asks for one; None where is_causal says it all."""
-        num_queries, num_keys = q_BHSN.shape[2], k_BHKN.shape[2]
+        num_queries, num_keys = q_BHSN.shape[2], k_BGKN.shape[2]
         if self.bias is not None:
             return self.bias(num_queries, num_keys).to(q_BHSN.dtype)
         if num_queries == num_keys:
             return None
         allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHSN.device)
         return allowed.tril(num_keys - num_queries)
+
+    def _decode_blocks(self, q: Tensor, k: Tensor, v: Tensor, cache: BlockCache, start_BS: Tensor | None) -> Tensor:
+        """Block-sparse attention from the newest positions to what the cache holds."""
+        assert self.blocks is not None
+        is_prompt = cache.length == 0
+        query_S, first_BS = cache.append(k, v, start_BS)
+        if is_prompt and q.shape[2] > 1:
+            y_BHSN = self.blocks(q, k, v, self.bias, start_BS)
+        else:
+            keys, values, position_BGT = cache.keys, cache.values, cache.position_BGT
+            assert keys is not None and values is not None and position_BGT is not None
+            share = q.shape[1] // keys.shape[1]
+            visible = cache.layout.visible(
+                query_S, position_BGT, start_BS, first_BS
+            )  # G in full: the keys' positions are
+            key_BHT = position_BGT.repeat_interleave(share, 1)
+            y_BHSN = attend_where(q, keys, values, visible.repeat_interleave(share, 1), self.bias, query_S, key_BHT)
+        cache.forget(None if start_BS is None else start_BS[:, -1])
+        return y_BHSN

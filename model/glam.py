@@ -5,13 +5,16 @@ B batch, S sequence, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.model import ModelConfig
-from model.attention import KeyValueCache
 from model.block import Block
+from model.documents import document_starts
+from model.kv_cache import DecodingState
 from model.loss import language_model_loss
 from model.norm import RMSNorm
 from model.vocabulary import Vocabulary, WholeVocabulary
@@ -67,12 +70,33 @@ class GLaM(nn.Module):
             self.cross_entropies.append(cross_entropy)
         return loss
 
-    def forward(self, token_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Logits [B, S, V]; with `caches` (one a block) the tokens continue what the caches have seen."""
+    def forward(self, token_BS: Tensor, state: DecodingState | None = None) -> Tensor:
+        """Logits [B, S, V]; with a `state` the tokens continue what it has seen."""
+        if state is None:
+            self.expect([token_BS])
+        elif state.documents is not None:
+            self._expect_documents([state.documents.read(token_BS)])
         x_BSD = self.embed(token_BS)
         for number, block in enumerate(self.blocks):
-            x_BSD = block(x_BSD, caches[number] if caches else None)
+            x_BSD = block(x_BSD, state.layers[number] if state else None)
         return F.linear(self.norm(x_BSD), self.output_weight)
+
+    def decoding_state(self, length: int) -> DecodingState:
+        """The beginning of a sequence of up to `length` tokens."""
+        layers = [block.attention.new_cache(length) for block in self.blocks if isinstance(block, Block)]
+        return DecodingState(layers, self.config.attention.document_end)
+
+    def expect(self, micro_batches: Iterable[Tensor]) -> None:
+        """Tell every block of the tokens [B, S] of the passes to come, before they are made layer by layer: where
+        documents are kept apart, hidden states alone do not say where they start."""
+        end = self.config.attention.document_end
+        if end is not None:
+            self._expect_documents([document_starts(token_BS, end) for token_BS in micro_batches])
+
+    def _expect_documents(self, starts: list[Tensor]) -> None:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.documents = iter(starts)
 
     def moe_blocks(self) -> dict[int, Block]:
         """Layer number -> block, for the blocks that hold experts."""

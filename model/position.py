@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from configs.model import RelativeBias
+from configs.attention import RelativeBias
 
 
 def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -28,17 +28,39 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.empty(num_heads, config.num_buckets))
         self.config = config
+        self.heads: slice = slice(None)  # of those in the table, the heads whose scores are computed here
+
+    def own_heads(self) -> Tensor:
+        """The table's rows for the heads here, [H, buckets]."""
+        return self.table[self.heads]
+
+    def at(self, distance: Tensor) -> Tensor:
+        """Bias at distances to earlier positions (negative ones count as 0): [..., S, K] -> [H, ..., S, K]."""
+        return self.own_heads()[:, self._bucket(distance)]
+
+    def at_by_head(self, distance_BHST: Tensor) -> Tensor:
+        """The same where each head has distances of its own: [B, H, S, T] -> [B, H, S, T]."""
+        head_H11 = torch.arange(distance_BHST.shape[1], device=self.table.device)[:, None, None]
+        return self.own_heads()[head_H11, self._bucket(distance_BHST)]
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        c = self.config
+        number = torch.arange(c.max_distance + 1, device=self.table.device)
+        return relative_bucket(number, c.num_buckets, c.max_distance)[distance.clamp(0, c.max_distance)]
 
     def forward(self, num_queries: int, num_keys: int) -> Tensor:
         """Bias with the causal mask in it, [1, H, S, K]: the queries are the last S of the K positions."""
-        device = self.table.device
-        distance_K = torch.arange(num_keys, device=device)
-        bucket_K = relative_bucket(distance_K, self.config.num_buckets, self.config.max_distance)
-        bias_HK = self.table[:, bucket_K]
-        query_S1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        offset_SK = query_S1 - distance_K[None, :]
-        bias_HSK = bias_HK[:, offset_SK.clamp(min=0)]
-        return bias_HSK.masked_fill(offset_SK < 0, float("-inf"))[None]
+        query_S1 = torch.arange(num_keys - num_queries, num_keys, device=self.table.device)[:, None]
+        offset_SK = query_S1 - torch.arange(num_keys, device=self.table.device)[None, :]
+        return self.at(offset_SK).masked_fill(offset_SK < 0, float("-inf"))[None]
+
+    def tiles(self, block_size: int) -> Tensor:
+        """[H, distances, b, b]: the bias of a block of b queries on a block of b keys so many blocks before it; the
+        last one holds for every greater distance too."""
+        inside = torch.arange(block_size, device=self.table.device)
+        last = -(-(self.config.max_distance - 1) // block_size) + 1
+        block = torch.arange(last + 1, device=self.table.device)[:, None, None] * block_size
+        return self.at(block + inside[:, None] - inside)
 
 
 def rotate(x_BHSN: Tensor, base: float, start: int) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from configs.model import ModelConfig
-from model.attention import KeyValueCache
 from model.glam import GLaM
 
 
@@ -34,10 +33,10 @@ def generate(
     model.eval()
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
-    caches = [KeyValueCache() for _ in model.blocks]
+    state = model.decoding_state(len(prompt) + max_tokens)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(max_tokens):
-        logits_V = model(tokens, caches)[0, -1].float().cpu()
+        logits_V = model(tokens, state)[0, -1].float().cpu()
         chosen = sample(logits_V, temperature, top_p, generator)
         if chosen == eos_id:
             return

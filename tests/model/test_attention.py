@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from configs.model import AttentionConfig, FeedForwardConfig, ModelConfig, MoEConfig, RelativeBias, Rotary
-from model.attention import Attention, KeyValueCache
+from configs.attention import AttentionConfig, RelativeBias, Rotary
+from configs.model import FeedForwardConfig, ModelConfig, MoEConfig
+from model.attention import Attention
 from model.position import relative_bucket, rotate
 from tests.tiny import make_model, randomise_tables
 
@@ -98,7 +99,7 @@ def test_logits_with_a_cache_equal_those_without(variant: str, steps: list[int])
     tokens = torch.randint(0, 50, (2, 20))
     with torch.no_grad():
         whole = model(tokens)
-        caches = [KeyValueCache() for _ in model.blocks]
-        parts = [model(part, caches) for part in tokens.split(steps, dim=1)]
+        state = model.decoding_state(20)
+        parts = [model(part, state) for part in tokens.split(steps, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
-    assert caches[0].length == 20
+    assert state.length == 20
