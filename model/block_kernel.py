@@ -154,8 +154,9 @@ class _BlockAttention(Function):
         grad = work.to_rows(grad_BHSN)
         for number, (at, chunk) in enumerate(work.chunks()):
             key, value = work.gather(work.k, at, chunk), work.gather(work.v, at, chunk)
-            p = kept[number] if kept else work.probabilities(at, chunk, key)
-            sums.add(at, chunk, key, value, p, grad[at][chunk.row_C])
+            query = work.queries(at, chunk)
+            p = kept[number] if kept else work.probabilities(at, chunk, key, query)
+            sums.add(at, chunk, (query, key, value), p, grad[at].index_select(0, chunk.row_C))
         return *sums.whole(), None, None
 
 
@@ -169,7 +170,7 @@ class _Work:
         self.batch, self.groups, self.length, self.width = k_BGSN.shape
         self.share = q_BHSN.shape[1] // self.groups
         self.scale = self.width**-0.5
-        self.q = self.to_rows(q_BHSN * self.scale)
+        self.q = self.to_rows(q_BHSN)
         self.k, self.v = self.to_blocks(k_BGSN), self.to_blocks(v_BGSN)
         # [G, distances, g*b, b]
         self.tiles = None if tiles is None else self._tiles_by_group(tiles)
@@ -207,17 +208,23 @@ class _Work:
             for chunk in self.plan.chunks[at]:
                 yield at, chunk
 
+    def queries(self, at: tuple[int, int], chunk: Chunk) -> Tensor:
+        """[C, g*b, N], scaled."""
+        return self.q[at].index_select(0, chunk.row_C).mul_(self.scale)
+
     def gather(self, blocks: Tensor, at: tuple[int, int], chunk: Chunk) -> Tensor:
         """[C, K*b, N]."""
         count, width = chunk.block_CK.shape
         found = blocks[at].index_select(0, chunk.block_CK.flatten())
         return found.view(count, width * self.layout.block_size, self.width)
 
-    def probabilities(self, at: tuple[int, int], chunk: Chunk, key: Tensor | None = None) -> Tensor:
+    def probabilities(
+        self, at: tuple[int, int], chunk: Chunk, key: Tensor | None = None, query: Tensor | None = None
+    ) -> Tensor:
         """[C, g*b, K*b]."""
         key = self.gather(self.k, at, chunk) if key is None else key
         b = self.layout.block_size
-        score = torch.bmm(self.q[at][chunk.row_C], key.mT)
+        score = torch.bmm(self.queries(at, chunk) if query is None else query, key.mT)
         by_head = score.unflatten(1, (self.share, b))
         if chunk.plain:
             by_head[..., -b:] += self.causal
@@ -242,17 +249,19 @@ class _Gradients:
         self.tiles = None if work.tiles is None else torch.zeros_like(work.tiles, dtype=wide)
         self.at: tuple[int, int] | None = None
 
-    def add(self, at: tuple[int, int], chunk: Chunk, key: Tensor, value: Tensor, p: Tensor, grad: Tensor) -> None:
+    def add(
+        self, at: tuple[int, int], chunk: Chunk, inputs: tuple[Tensor, Tensor, Tensor], p: Tensor, grad: Tensor
+    ) -> None:
         if at != self.at:
             self._store()
             self.at = at
             self.k_sum.zero_(), self.v_sum.zero_()
-        work = self.work
+        work, (query, key, value) = self.work, inputs
         grad_p = torch.bmm(grad, value.mT)
         grad_score = torch._softmax_backward_data(grad_p, p, -1, work.dtype)
-        self.q[at][chunk.row_C] = torch.bmm(grad_score, key)
+        self.q[at][chunk.row_C] = torch.bmm(grad_score, key).mul_(work.scale)
         blocks = chunk.block_CK.flatten()
-        self._scatter(self.k_sum, blocks, torch.bmm(grad_score.mT, work.q[at][chunk.row_C]))
+        self._scatter(self.k_sum, blocks, torch.bmm(grad_score.mT, query))
         self._scatter(self.v_sum, blocks, torch.bmm(p.mT, grad))
         if self.tiles is not None:
             b, last = work.layout.block_size, self.tiles.shape[1] - 1
@@ -278,7 +287,7 @@ class _Gradients:
         if self.tiles is not None and self.tiles_shape is not None:
             b = work.layout.block_size
             tiles = self.tiles.unflatten(2, (work.share, b)).transpose(1, 2).reshape(self.tiles_shape).to(work.dtype)
-        return work.to_heads(self.q).mul_(work.scale), self._to_keys(self.k), self._to_keys(self.v), tiles
+        return work.to_heads(self.q), self._to_keys(self.k), self._to_keys(self.v), tiles
 
     def _to_keys(self, x: Tensor) -> Tensor:
         """[B, G, E, b*N] -> [B, G, S, N]; what summaries received goes to their tokens."""

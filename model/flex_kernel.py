@@ -23,6 +23,7 @@ from model.block_layout import BlockLayout
 from model.position import RelativePositionBias
 
 ROWS_A_COPY = 64  # row blocks that share one copy of a block that most rows look at
+LARGEST_TILE = 128
 MOST_COPIED = 4  # such blocks at most: columns, too, are seen by many, but there are many of them
 
 
@@ -36,21 +37,42 @@ class FlexPlan:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(autotune: bool) -> Callable[..., Tensor]:
+    # Tiles of FlexAttention's own choice may be larger than the layout's blocks, which it refuses; autotuning tries
+    # smaller ones, for a minute once.
+    return torch.compile(flex_attention, dynamic=False, options={"max_autotune": True} if autotune else None)
 
 
 def flex_attend(
     q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, plan: FlexPlan, bias: RelativePositionBias | None
 ) -> Tensor:
     """softmax(q k^T / sqrt(N) + bias) v over the blocks of the plan, [B, H, S, N]."""
-    length, padded = q_BHSN.shape[2], plan.mask.seq_lengths[0]
+    length, padded, block_size = q_BHSN.shape[2], plan.mask.seq_lengths[0], plan.mask.BLOCK_SIZE[0]
     q, k, v = (F.pad(x, (0, 0, 0, padded - length)) if padded > length else x for x in (q_BHSN, k_BGSN, v_BGSN))
     if len(plan.extra):
         k, v = (torch.cat((x, x[:, :, plan.extra]), dim=2) for x in (k, v))
-    score_mod = None if bias is None else _score_mod(bias, plan.key_position_T)
-    y: Tensor = _compiled()(q, k, v, score_mod=score_mod, block_mask=plan.mask, enable_gqa=q.shape[1] != k.shape[1])
+    y: Tensor = _compiled(block_size < LARGEST_TILE)(
+        q,
+        k,
+        v,
+        score_mod=None if bias is None else _score_mod(bias, plan.key_position_T),
+        block_mask=plan.mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=kernel_options(q, block_size),
+    )
     return y[:, :, :length]
+
+
+def kernel_options(q: Tensor, block_size: int) -> dict[str, Any]:
+    """Tiles, warps and stages that were fastest on an H200 (LOG.md), where they are known."""
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}  # every query sees itself
+    if block_size < LARGEST_TILE or q.dtype == torch.float32 or q.shape[3] > 128:
+        return options
+    wide = q.shape[3] > 64
+    options |= {"fwd_BLOCK_M": 64 if wide else 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
+    tile = 32 if wide else 64
+    options |= {"bwd_BLOCK_M1": tile, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": tile}
+    return options | {"bwd_num_warps": 4, "bwd_num_stages": 3}
 
 
 def _score_mod(bias: RelativePositionBias, key_position_T: Tensor) -> Callable[..., Tensor]:

@@ -48,10 +48,18 @@ class SparseAttention:
         v_BGSN: Tensor,
         bias: RelativePositionBias | None = None,
         start_BS: Tensor | None = None,
+        once: bool = False,
     ) -> Tensor:
-        """[B, H, S, N]. With `start_BS` (where the document of each token starts) documents do not see each other."""
+        """[B, H, S, N].
+
+        Args:
+            start_BS: where the document of each token starts; documents do not see each other.
+            once: such a length will hardly come again (a prompt's): not worth compiling a kernel for.
+        """
         batch, groups, length, _ = k_BGSN.shape
         kernel = self.kernel(q_BHSN)
+        if once and kernel != "dense":
+            kernel = "chunked"
         if kernel == "dense":
             return dense_attention(q_BHSN, k_BGSN, v_BGSN, self.layout(length, q_BHSN.device), bias, start_BS)
         if kernel == "flex":
