@@ -99,7 +99,7 @@ def boxes_of_ranks(config: RunConfig, ranks: int) -> list[dict[str, TensorBoxes]
         shapes = {name: tuple(parameter.shape) for name, parameter in GLaM(config.model).named_parameters()}
     found = []
     for rank in range(ranks):
-        t = Topology(rank, p.data_degree(ranks), p.tensor, p.pipeline, p.expert, p.expert_tensor, p.sequence)
+        t = Topology(rank, p.data_degree(ranks), p.tensor, p.pipeline, p.expert, p.expert_tensor, p.sequence, p.context)
         local = {f"blocks.{n}." for n in stages.blocks(t.stage)}
         boxes: dict[str, TensorBoxes] = {}
         groups: dict[str, list[str]] = {"matrices": [], "vectors": [], "experts": []}
@@ -113,8 +113,8 @@ def boxes_of_ranks(config: RunConfig, ranks: int) -> list[dict[str, TensorBoxes]
                 kind = "experts" if ".experts." in name else "matrices" if len(shape) > 1 else "vectors"
                 groups["vectors" if name.endswith("bias.table") else kind].append(name)
         for kind, names in groups.items():
-            replicas = max(1, t.ranks_per_stage // p.ranks_for_all_experts) if kind == "experts" else t.data
-            index = t.expert_replica if kind == "experts" else t.data_rank
+            replicas = max(1, t.ranks_per_stage // p.ranks_for_all_experts) if kind == "experts" else t.lanes
+            index = t.expert_replica if kind == "experts" else t.lane
             boxes |= _zero_boxes(names, shapes, t, replicas, index)
         found.append(boxes)
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from configs.base import Strict
 
@@ -19,3 +19,8 @@ class ClusterConfig(Strict):
     silent_s: float = Field(default=60.0, ge=5)  # a rank of which nothing is heard for so long counts as gone
     preflight: Literal["full", "quick", "off"] = "quick"  # before the first step of a new run
     device_memory_gib: float | None = Field(default=None, gt=0)  # per rank; null: ask the machine
+
+    @field_validator("preflight", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -44,9 +45,33 @@ def tensor_divides_vocabulary(c: RunConfig) -> str | None:
 
 def tensor_divides_sequence(c: RunConfig) -> str | None:
     tensor, length = c.parallel.tensor, c.train.sequence_length
-    split = c.parallel.sequence or (c.model.moe is not None and not c.parallel.expert_tensor)
-    if split and length % tensor:
+    if _tensor_splits_sequence(c) and length % tensor:
         return f"parallel.tensor={tensor} does not divide train.sequence_length={length}, which it splits"
+    return None
+
+
+def _tensor_splits_sequence(c: RunConfig) -> bool:
+    return c.parallel.sequence or (c.model.moe is not None and not c.parallel.expert_tensor)
+
+
+def context_divides_heads(c: RunConfig) -> str | None:
+    p, heads, kv_heads = c.parallel, c.model.attention.num_heads, c.model.attention.kv_heads
+    # Fewer groups of keys and values than ranks travel as copies, as many to a rank.
+    groups = kv_heads // p.tensor
+    if p.context > 1 and (heads % (p.context * p.tensor) or (groups % p.context and p.context % max(1, groups))):
+        return (
+            f"parallel.context={p.context} x parallel.tensor={p.tensor} does not divide num_heads={heads} and "
+            f"num_kv_heads={kv_heads}"
+        )
+    return None
+
+
+def context_divides_sequence(c: RunConfig) -> str | None:
+    p, length = c.parallel, c.train.sequence_length
+    tensor = p.tensor if _tensor_splits_sequence(c) else 1
+    if p.context > 1 and length % (p.context * tensor):
+        times = f" x parallel.tensor={tensor}" if tensor > 1 else ""
+        return f"parallel.context={p.context}{times} does not divide train.sequence_length={length}"
     return None
 
 
@@ -73,6 +98,8 @@ LAYOUT_RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     tensor_divides_widths,
     tensor_divides_vocabulary,
     tensor_divides_sequence,
+    context_divides_heads,
+    context_divides_sequence,
     stages_have_layers,
     zero_0_is_float32,
 )
@@ -86,9 +113,10 @@ def with_nearest(c: RunConfig, faults: list[str]) -> list[str]:
     candidates = [
         changed
         for tensor in tensors
+        for context in _contexts(c, m.attention.num_heads)
         for expert in experts
         for pipeline in {min(c.parallel.pipeline, m.num_layers // k) for k in (1, 2)} - {0}
-        if _keeps_rules(changed := _with(c, tensor=tensor, expert=expert, pipeline=pipeline))
+        if _keeps_rules(changed := _with(c, tensor=tensor, context=context, expert=expert, pipeline=pipeline))
     ]
     if not candidates:
         return faults
@@ -100,13 +128,15 @@ def with_nearest(c: RunConfig, faults: list[str]) -> list[str]:
 # ---- faults on so many ranks ----------------------------------------------------------------------------------------
 def layout_faults(c: RunConfig, world_size: int) -> list[str]:
     """What speaks against running `c` on `world_size` ranks; empty when it fits."""
-    p, model_ranks = c.parallel, c.parallel.tensor * c.parallel.pipeline
+    p, model_ranks = c.parallel, c.parallel.model_ranks
+    context = "parallel.context x " if p.context > 1 else ""
     if world_size % model_ranks:
-        return [f"{world_size} rank(s) are no multiple of parallel.tensor x parallel.pipeline = {model_ranks}"]
+        return [f"{world_size} rank(s) are no multiple of {context}parallel.tensor x parallel.pipeline = {model_ranks}"]
     data, faults = world_size // model_ranks, []
     if p.data != "auto" and p.data != data:
         return [f"parallel asks for {p.data * model_ranks} rank(s) (data={p.data}), {world_size} were launched"]
-    shared, axes = (data, "data") if p.expert_tensor else (data * p.tensor, "data x tensor")
+    lanes, axes = data * p.context, "data x context" if p.context > 1 else "data"
+    shared, axes = (lanes, axes) if p.expert_tensor else (lanes * p.tensor, f"{axes} x tensor")
     if shared % p.expert:
         faults.append(f"parallel.expert={p.expert} does not divide the {shared} rank(s) of a stage ({axes})")
     per_pass = data * c.train.micro_batch_sequences
@@ -137,17 +167,22 @@ def nearest_layout(c: RunConfig, world_size: int) -> str | None:
     """Overrides for the layout nearest to the asked one that runs on `world_size` ranks; None where there is none."""
     experts = _divisors(c.model.moe.num_experts if c.model.moe else 1)
     candidates = []
-    for tensor in _divisors(world_size):
+    for tensor, context in itertools.product(_divisors(world_size), _contexts(c, world_size)):
         for pipeline in _divisors(world_size // tensor):
-            data = world_size // (tensor * pipeline)
-            fixed = "auto" if c.parallel.data == "auto" else data
+            data = world_size // (tensor * context * pipeline)
+            fixed = "auto" if c.parallel.data == "auto" else max(1, data)
             for expert in experts:
-                changed = _with(c, data=fixed, tensor=tensor, pipeline=pipeline, expert=expert)
+                changed = _with(c, data=fixed, tensor=tensor, context=context, pipeline=pipeline, expert=expert)
                 if _keeps_rules(changed) and not layout_faults(changed, world_size):
                     candidates.append(changed)
     if not candidates:
         return None
     return _changes(c, min(candidates, key=lambda other: _distance(c, other)))
+
+
+def _contexts(c: RunConfig, number: int) -> Iterable[int]:
+    """Degrees to try: where sequences fit a rank as they are, nobody wants them cut."""
+    return _divisors(number) if c.parallel.context > 1 else [1]
 
 
 def _keeps_rules(c: RunConfig) -> bool:
@@ -159,11 +194,13 @@ def _with(c: RunConfig, **degrees: int | str) -> RunConfig:
 
 
 def _distance(asked: RunConfig, other: RunConfig) -> float:
-    """Doublings between two layouts; tensor and pipeline, which follow from the model's size, weigh more."""
+    """Doublings between two layouts; tensor, pipeline and context, which follow from the sizes of model and
+    sequences, weigh more."""
     a, b = asked.parallel, other.parallel
     return (
         2 * abs(math.log2(a.tensor / b.tensor))
         + 2 * abs(math.log2(a.pipeline / b.pipeline))
+        + 2 * abs(math.log2(a.context / b.context))
         + abs(math.log2(a.expert / b.expert))
     )
 

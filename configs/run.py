@@ -59,6 +59,37 @@ def capacity_group_divides_sequence(c: RunConfig) -> str | None:
     return None
 
 
+def sparse_blocks_fit_sequence(c: RunConfig) -> str | None:
+    """What a layout asks for must exist at the training length, or it is another layout than it says."""
+    sparse = c.model.attention.sparse
+    if sparse is None or sparse.layout.kind == "full":
+        return None
+    length, layout = c.train.sequence_length, sparse.layout
+    num_blocks = length // sparse.block_size
+    there = f"train.sequence_length={length} has {num_blocks} whole blocks of {sparse.block_size}"
+    if num_blocks < 2:
+        return f"model.attention.sparse.block_size={sparse.block_size} is too large: {there}, two at least are wanted"
+    if layout.kind == "bigbird" and (asked := layout.sinks + layout.window + layout.random) > num_blocks:
+        return (
+            f"model.attention.sparse.layout: sinks + window + random = {asked} blocks, {there}: more than its past; "
+            "take fewer or smaller blocks, or longer sequences"
+        )
+    if layout.kind == "etc" and layout.segment_tokens >= length:
+        return (
+            f"model.attention.sparse.layout.segment_tokens={layout.segment_tokens}: no second segment within {length}"
+        )
+    if layout.kind == "strided" and layout.stride >= num_blocks:
+        return f"model.attention.sparse.layout.stride={layout.stride} blocks: {there}, none is ever seen through it"
+    return None
+
+
+def document_end_is_a_token(c: RunConfig) -> str | None:
+    end = c.model.attention.document_end
+    if end is not None and end >= c.model.vocab_size:
+        return f"model.attention.document_end={end} is no token of model.vocab_size={c.model.vocab_size}"
+    return None
+
+
 def schedule_fits_steps(c: RunConfig) -> str | None:
     schedule, steps = c.train.schedule, c.train.steps
     used = schedule.warmup_steps + (schedule.decay_steps if schedule.kind == "wsd" else 0)
@@ -78,6 +109,8 @@ def source_names_differ(c: RunConfig) -> str | None:
 RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     batch_holds_whole_sequences,
     capacity_group_divides_sequence,
+    sparse_blocks_fit_sequence,
+    document_end_is_a_token,
     schedule_fits_steps,
     source_names_differ,
 )

@@ -23,7 +23,7 @@ from model.sparse_attention import FULL, SparseAttention, attend_where
 class HeadExchange(Protocol):
     """Part of every sequence, all heads <-> whole sequences, part of the heads: the seam of context parallelism."""
 
-    def enter(self, x_BHsN: Tensor) -> Tensor: ...
+    def enter(self, q_BHsN: Tensor, k_BGsN: Tensor, v_BGsN: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def leave(self, y_BHSN: Tensor) -> Tensor: ...
 
@@ -31,8 +31,8 @@ class HeadExchange(Protocol):
 class WholeSequences:
     """Sequences are not split."""
 
-    def enter(self, x_BHsN: Tensor) -> Tensor:
-        return x_BHsN
+    def enter(self, q_BHsN: Tensor, k_BGsN: Tensor, v_BGsN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q_BHsN, k_BGsN, v_BGsN
 
     def leave(self, y_BHSN: Tensor) -> Tensor:
         return y_BHSN
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         """A cache for sequences of up to `length` positions."""
         if self.blocks is None:
             return KeyValueCache()
-        return BlockCache(self.blocks.layout(length, self.query.weight.device))
+        return BlockCache(self.blocks.layout(length).to(self.query.weight.device))
 
     def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None, start_BS: Tensor | None = None) -> Tensor:
         """
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD)), self._heads(self.value(x_BSD))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = self.exchange.enter(q), self.exchange.enter(k), self.exchange.enter(v)
+        q, k, v = self.exchange.enter(q, k, v)
         if isinstance(self.position, Rotary):
             start = cache.length if cache else 0
             q, k = rotate(q, self.position.base, start), rotate(k, self.position.base, start)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         is_prompt = cache.length == 0
         query_S, first_BS = cache.append(k, v, start_BS)
         if is_prompt and q.shape[2] > 1:
-            y_BHSN = self.blocks(q, k, v, self.bias, start_BS)
+            y_BHSN = self.blocks(q, k, v, self.bias, start_BS, once=True)
         else:
             keys, values, position_BGT = cache.keys, cache.values, cache.position_BGT
             assert keys is not None and values is not None and position_BGT is not None

@@ -50,16 +50,6 @@ class BlockLayout:
         seen.scatter_(2, self.blocks_GRK.where(ordinary, rows), True)
         return seen[..., :rows]
 
-    def first_rows(self, num_rows: int) -> BlockLayout:
-        """The same layout of a shorter sequence."""
-        if num_rows == self.num_rows:
-            return self
-        blocks = self.blocks_GRK[:, :num_rows]
-        summary = self.summary_T[self.summary_T < num_rows * self.block_size]
-        is_summary = blocks >= self.num_rows
-        blocks = torch.where(is_summary, blocks - self.num_rows + num_rows, blocks)
-        return BlockLayout(self.block_size, blocks, self.local_R[:num_rows], summary)
-
     def visible(
         self, query_S: Tensor, key_T: Tensor, start_BS: Tensor | None = None, first_BS: Tensor | None = None
     ) -> Tensor:

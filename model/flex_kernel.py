@@ -34,6 +34,7 @@ class FlexPlan:
     mask: BlockMask
     extra: Tensor  # int64 positions of the keys appended to the sequence's own
     key_position_T: Tensor  # int64
+    safe: bool  # see `kernel_options`
 
 
 @cache
@@ -58,14 +59,19 @@ def flex_attend(
         score_mod=None if bias is None else _score_mod(bias, plan.key_position_T),
         block_mask=plan.mask,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=kernel_options(q, block_size),
+        kernel_options=kernel_options(q, block_size, plan.safe),
     )
     return y[:, :, :length]
 
 
-def kernel_options(q: Tensor, block_size: int) -> dict[str, Any]:
-    """Tiles, warps and stages that were fastest on an H200 (LOG.md), where they are known."""
-    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}  # every query sees itself
+def kernel_options(q: Tensor, block_size: int, safe: bool) -> dict[str, Any]:
+    """Tiles, warps and stages that were fastest on an H200 (LOG.md), where they are known.
+
+    Args:
+        safe: no query meets a tile in which all is hidden from it before it has met one where something is not; else
+            the kernel must look for those.
+    """
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": safe}
     if block_size < LARGEST_TILE or q.dtype == torch.float32 or q.shape[3] > 128:
         return options
     wide = q.shape[3] > 64
@@ -119,7 +125,7 @@ def flex_plan(layout: BlockLayout, heads: int, length: int, start_BS: Tensor | N
         *partial, *full, BLOCK_SIZE=b, mask_mod=_mask_mod(layout, key_position_T, start_BS, length),
         seq_lengths=(rows * b, len(key_position_T)),
     )  # fmt: skip
-    return FlexPlan(mask, extra, key_position_T)
+    return FlexPlan(mask, extra, key_position_T, safe=start_BS is None and not layout.has_summaries)
 
 
 def _spread_common_blocks(layout: BlockLayout, blocks_BGRK: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,9 @@ B batch, H heads, G groups of heads that share keys and values, S queries, N hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +21,7 @@ from model.position import RelativePositionBias
 
 GATHERED_BYTES = 128 * 2**20  # of probabilities that one layer may keep for its backward pass before it recomputes them
 FULL = SparseConfig(layout=FullLayout())
+P = TypeVar("P")
 
 
 class SparseAttention:
@@ -30,15 +34,17 @@ class SparseAttention:
     def __init__(self, spec: SparseConfig, layer: int, num_groups: int) -> None:
         self.spec, self.layer, self.groups = spec, layer, range(num_groups)
         self._layout: BlockLayout | None = None
-        self._made_for: tuple[object, ...] = ()
-        self._flex: FlexPlan | None = None
+        self._made_for: tuple[int, range] | None = None
+        self._plans: dict[tuple[object, ...], Any] = {}  # of this layout, where documents do not ask for their own
 
-    def layout(self, length: int, device: torch.device | str = "cpu") -> BlockLayout:
-        """The layout of a sequence; made once for each length."""
-        key = (length, self.groups, str(device))
-        if self._layout is None or self._made_for != key:
-            self._layout, self._made_for = block_layout(self.spec, self.layer, self.groups, length).to(device), key
-            self._flex = None
+    def layout(self, length: int) -> BlockLayout:
+        """The layout of a sequence, on the CPU; made once for each length."""
+        if self._layout is None or self._made_for != (length, self.groups):
+            self._layout, self._made_for = (
+                block_layout(self.spec, self.layer, self.groups, length),
+                (length, self.groups),
+            )
+            self._plans.clear()
         return self._layout
 
     def __call__(
@@ -56,15 +62,14 @@ class SparseAttention:
             start_BS: where the document of each token starts; documents do not see each other.
             once: such a length will hardly come again (a prompt's): not worth compiling a kernel for.
         """
-        batch, groups, length, _ = k_BGSN.shape
-        kernel = self.kernel(q_BHSN)
+        length, kernel = q_BHSN.shape[2], self.kernel(q_BHSN)
         if once and kernel != "dense":
             kernel = "chunked"
         if kernel == "dense":
-            return dense_attention(q_BHSN, k_BGSN, v_BGSN, self.layout(length, q_BHSN.device), bias, start_BS)
+            return dense_attention(q_BHSN, k_BGSN, v_BGSN, self.layout(length).to(q_BHSN.device), bias, start_BS)
         if kernel == "flex":
             return flex_attend(q_BHSN, k_BGSN, v_BGSN, self._flex_plan(q_BHSN, start_BS), bias)
-        made = block_kernel.plan(self.layout(length), batch, groups, start_BS, q_BHSN.device)
+        made = self._gather_plan(k_BGSN, start_BS)
         tiles = None if bias is None else bias.tiles(self.spec.block_size)
         return block_kernel.attend(q_BHSN, k_BGSN, v_BGSN, tiles, made, keep=kernel == "gathered")
 
@@ -78,12 +83,24 @@ class SparseAttention:
 
     def _flex_plan(self, q_BHSN: Tensor, start_BS: Tensor | None) -> FlexPlan:
         _, heads, length, _ = q_BHSN.shape
-        layout = self.layout(length, q_BHSN.device)
+        layout = self.layout(length)
+        key = ("flex", heads, q_BHSN.device)
+        return self._kept(key, start_BS, lambda: flex_plan(layout.to(q_BHSN.device), heads, length, start_BS))
+
+    def _gather_plan(self, k_BGSN: Tensor, start_BS: Tensor | None) -> block_kernel.Plan:
+        batch, groups, length, _ = k_BGSN.shape
+        layout, device = self.layout(length), k_BGSN.device
+        key = ("gather", batch, groups, device)
+        return self._kept(key, start_BS, lambda: block_kernel.plan(layout, batch, groups, start_BS, device))
+
+    def _kept(self, key: tuple[object, ...], start_BS: Tensor | None, make: Callable[[], P]) -> P:
+        """What was made for this key and layout; made anew where documents decide."""
         if start_BS is not None:
-            return flex_plan(layout, heads, length, start_BS)
-        if self._flex is None:
-            self._flex = flex_plan(layout, heads, length, None)
-        return self._flex
+            return make()
+        if key not in self._plans:
+            self._plans[key] = make()
+        plan: P = self._plans[key]
+        return plan
 
     def kept_bytes(self, q_BHSN: Tensor) -> int:
         """Bytes of all probabilities."""

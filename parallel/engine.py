@@ -21,6 +21,7 @@ from torch import Tensor
 from configs.run import RunConfig
 from parallel import gradients
 from parallel.collectives import sum_over_ranks
+from parallel.context import own_part
 from parallel.fragments import TensorBoxes, fragment_boxes
 from parallel.groups import expert_group_name
 from parallel.optimizer_state import state_fragments, take_over
@@ -47,8 +48,9 @@ class Engine:
         self.num_micro_batches = config.train.num_micro_batches(part.topology.data)
         self._clip_norm = config.train.clip_norm
         for block in part.local_blocks().values():
-            # Where experts are cut over tensor ranks, each of those adds the same auxiliary loss.
-            block.aux_scale = 1 / (self.num_micro_batches * part.topology.expert_width)
+            # Where experts are cut over tensor ranks, each of those adds the same auxiliary loss. Context ranks add it
+            # too, but each to the gradient of its own tokens only, and then the mean over lanes divides by them.
+            block.aux_scale = part.topology.context / (self.num_micro_batches * part.topology.expert_width)
             block.recompute = config.train.recompute
         self._tied = self._tie_embedding(config)
         owned = part.owned_parameters()
@@ -88,15 +90,28 @@ class Engine:
 
     @property
     def reads_data(self) -> bool:
-        """Whether tokens or labels are asked for here: stages between the first and the last never look at them."""
+        """Whether tokens or labels are asked for here: stages between the first and the last never look at them,
+        unless documents are kept apart."""
         stage = self.topology.stage
-        return self.part.stages.embeds(stage) or self.part.stages.ends(stage)
+        return self._separates or self.part.stages.embeds(stage) or self.part.stages.ends(stage)
+
+    @property
+    def _separates(self) -> bool:
+        return self.model.config.attention.document_end is not None
+
+    def _own_parts(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """What this rank holds of each sequence. Its blocks are told of whole ones where documents are kept apart."""
+        if self._separates:
+            micro_batches = list(micro_batches)
+            self.model.expect(tokens.to(self.device) for tokens, _ in micro_batches)
+        return ((own_part(tokens, self.topology), own_part(y, self.topology)) for tokens, y in micro_batches)
 
     # ---- training -------------------------------------------------------------------------------------------------
     def train_step(
         self, micro_batches: Iterable[MicroBatch], lr: float, accept: Callable[[float, float], bool]
     ) -> StepResult:
-        """One update over `num_micro_batches` micro-batches of this rank (any number where `reads_data` is False).
+        """One update over `num_micro_batches` micro-batches of this data rank (any number where `reads_data` is
+        False): whole sequences, whatever part of them is held here.
 
         `accept(cross_entropy, grad_norm)` decides before anything is changed; it sees the same figures on every rank.
         """
@@ -105,7 +120,7 @@ class Engine:
         self.model.cross_entropies.clear()
         for block in self.part.local_blocks().values():
             block.totals.take()
-        self._deepspeed.train_batch(data_iter=iter(micro_batches))
+        self._deepspeed.train_batch(data_iter=self._own_parts(micro_batches))
         assert self._result is not None
         return self._result
 
@@ -167,13 +182,13 @@ class Engine:
         """Mean cross-entropy in nats a token over the micro-batches of all ranks, each data rank passing equally many.
 
         Args:
-            micro_batches: this rank's; may be empty where `reads_data` is False.
+            micro_batches: this data rank's, of whole sequences; may be empty where `reads_data` is False.
         """
         self.progress("an evaluation")
         # DeepSpeed switches the layers it was given, but the loss belongs to the whole model.
         self.model.eval()
         with as_many_micro_batches(self._deepspeed, num_micro_batches):
-            loss = self._deepspeed.eval_batch(iter(micro_batches), num_micro_batches=num_micro_batches)
+            loss = self._deepspeed.eval_batch(self._own_parts(micro_batches), num_micro_batches=num_micro_batches)
         self.model.train()
         return float(loss)
 

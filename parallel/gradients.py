@@ -84,7 +84,7 @@ def counted_here(placed: Placement, topology: Topology, sharded: bool) -> bool:
         # Spread over tensor ranks too; ZeRO-1 shares the state of replicas among those, so each element is held once.
         return sharded or topology.expert_replica == 0
     first_of_tensor = topology.tensor_rank == 0 or bool({"tensor", "expert_width"} & set(placed.axes))
-    return first_of_tensor and (sharded or topology.data_rank == 0)
+    return first_of_tensor and (sharded or topology.lane == 0)
 
 
 def hand_over_norm(optimizer: Any, norm: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Process groups: start, the groups of tensor and expert parallelism, the end."""
+"""Process groups: start, the groups of tensor, context and expert parallelism, the end."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ class Groups:
     tensor: dist.ProcessGroup | None = None  # parts of the same layers
     ends: dist.ProcessGroup | None = None  # first and last stage, on ranks of those, where an embedding ties them
     expert: dist.ProcessGroup | None = None  # the other experts of this stage (a group of one where all are here)
+    context: dist.ProcessGroup | None = None  # the other parts of the same sequences
 
 
 def create(topology: Topology, tied_ends: bool) -> Groups:
@@ -134,9 +135,10 @@ def create(topology: Topology, tied_ends: bool) -> Groups:
         tied_ends: the embedding of the first stage is the output weight of the last.
     """
     tensor = _mine(topology.tensor_groups(), topology.rank) if topology.tensor > 1 else None
+    context = _mine(topology.context_groups(), topology.rank) if topology.context > 1 else None
     ends = _mine(topology.end_groups(), topology.rank) if tied_ends else None
     if not topology.experts_have_groups:
-        return Groups(tensor, ends)
+        return Groups(tensor, ends, context=context)
     name = expert_group_name(topology)
     experts, replicas = topology.expert_groups(), topology.expert_data_groups()
     for ranks, group_table, rank_table in (
@@ -145,7 +147,7 @@ def create(topology: Topology, tied_ends: bool) -> Groups:
     ):
         group_table[name] = _mine(ranks, topology.rank)
         rank_table[name] = next(listed for listed in ranks if topology.rank in listed)
-    return Groups(tensor, ends, deepspeed_groups._EXPERT_PARALLEL_GROUP[name])
+    return Groups(tensor, ends, deepspeed_groups._EXPERT_PARALLEL_GROUP[name], context)
 
 
 def _mine(rank_lists: list[list[int]], rank: int) -> dist.ProcessGroup | None:

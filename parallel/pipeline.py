@@ -32,7 +32,7 @@ class _VCutWhereTold(DualPipeVModule, _CutWhereTold):
 def pipeline_module(part: Part) -> PipelineModule:
     """Wrap this rank's part. The model keeps its parameters and their names; the wrapper only calls it."""
     topology, model = part.topology, part.model
-    grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+    grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.lanes)
     kind = _VCutWhereTold if part.stages.v_shaped else _CutWhereTold
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         # Recomputation is the block's own (it must keep its routing), so DeepSpeed's is off.

@@ -89,13 +89,10 @@ def kinds_of(topology: Topology, tied_ends: bool = False, has_experts: bool = Tr
     found = [Kind("world", ALL_REDUCE, (tuple(range(t.world_size)),))] if t.world_size > 1 else []
     if t.tensor > 1:
         found.append(Kind("tensor", ALL_REDUCE, _tuples(t.tensor_groups())))
-    if t.data > 1:
-        groups = tuple(
-            tuple(t.tensor * (stage * t.data + data) + tensor for data in range(t.data))
-            for stage in range(t.pipeline)
-            for tensor in range(t.tensor)
-        )
-        found.append(Kind("data", ALL_REDUCE, groups))
+    if t.context > 1:
+        found.append(Kind("context", ALL_TO_ALL, _tuples(t.context_groups())))
+    if t.lanes > 1:
+        found.append(Kind("data" if t.context == 1 else "data x context", ALL_REDUCE, _tuples(t.lane_groups())))
     if has_experts and t.expert > 1:
         found.append(Kind("expert", ALL_TO_ALL, _tuples(t.expert_groups())))
     replicas = _tuples(t.expert_data_groups())

@@ -155,6 +155,8 @@ def split_tensors(part: Part, group: dist.ProcessGroup) -> None:
     part.model.embed.vocabulary = SplitVocabulary(regions)
     for block in part.local_blocks().values():
         _wrap(block.attention, regions.enter, regions.leave)
+        if (blocks := block.attention.blocks) is not None:
+            blocks.groups = own_range(blocks.groups, group.rank(), group.size())
         if block.ffn is not None:
             _wrap(block.ffn, regions.enter, regions.leave)
         if block.moe is not None and part.topology.expert_tensor:
@@ -163,6 +165,12 @@ def split_tensors(part: Part, group: dist.ProcessGroup) -> None:
         elif block.moe is not None:
             _wrap(block.moe, regions.divide, regions.unite)
             block.moe.router.share = SplitSequences(group)
+
+
+def own_range(numbers: range, rank: int, ranks: int) -> range:
+    """The part of evenly cut numbers that is a rank's."""
+    count = len(numbers) // ranks
+    return numbers[rank * count : (rank + 1) * count]
 
 
 def _wrap(module: Any, enter: Callable[[Tensor], Tensor], leave: Callable[[Tensor], Tensor]) -> None:

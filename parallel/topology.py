@@ -1,9 +1,11 @@
 """Integers only: which rank stands where on the axes of parallelism, and which ranks form each group.
 
-Rank = (stage * data + data rank) * tensor + tensor rank, as in DeepSpeed's pipeline grid and megatron-core's order
-tp-dp-pp. Expert parallelism is folded over the data x tensor ranks of a stage: contiguous blocks of `expert` ranks
-hold all experts once; ranks at the same place of their blocks hold the same experts. With `expert_tensor` each expert
-is cut over the tensor ranks as well, and blocks are of data ranks at one tensor rank.
+Rank = ((stage * data + data rank) * context + context rank) * tensor + tensor rank, as in megatron-core's order
+tp-cp-dp-pp: neighbours share sequences. Data x context ranks are "lanes": each holds every weight of its tensor rank
+and an equal number of tokens, which is all that DeepSpeed's pipeline grid and ZeRO need to know (they call them data).
+Expert parallelism is folded over the lanes x tensor ranks of a stage: contiguous blocks of `expert` ranks hold all
+experts once; ranks at the same place of their blocks hold the same experts. With `expert_tensor` each expert is cut
+over the tensor ranks as well, and blocks are of lanes at one tensor rank.
 """
 
 from __future__ import annotations
@@ -17,20 +19,26 @@ class Topology:
     """Degrees of each axis and this process's rank."""
 
     rank: int
-    data: int
+    data: int  # distinct sequences at a time
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
     expert_tensor: bool = False  # experts are cut over tensor ranks too
     sequence: bool = True  # between tensor-parallel layers, each tensor rank keeps its part of every sequence
+    context: int = 1  # parts that every sequence is cut into
 
     @property
     def world_size(self) -> int:
-        return self.data * self.tensor * self.pipeline
+        return self.ranks_per_stage * self.pipeline
 
     @property
     def ranks_per_stage(self) -> int:
-        return self.data * self.tensor
+        return self.lanes * self.tensor
+
+    @property
+    def lanes(self) -> int:
+        """Ranks of a stage that hold the same weights and other tokens."""
+        return self.data * self.context
 
     @property
     def stage(self) -> int:
@@ -42,13 +50,23 @@ class Topology:
         return self.rank % self.tensor
 
     @property
-    def data_rank(self) -> int:
+    def lane(self) -> int:
         return self.rank % self.ranks_per_stage // self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Which sequences are read here."""
+        return self.lane // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Which part of them is held here."""
+        return self.lane % self.context
 
     @property
     def _place_among_experts(self) -> int:
         """Number among the ranks that experts are spread and replicated over."""
-        return self.data_rank if self.expert_tensor else self.rank % self.ranks_per_stage
+        return self.lane if self.expert_tensor else self.rank % self.ranks_per_stage
 
     @property
     def expert_rank(self) -> int:
@@ -83,12 +101,20 @@ class Topology:
 
     def tensor_groups(self) -> list[list[int]]:
         """Ranks that hold parts of the same layers."""
-        return self._groups(lambda t: (t.stage, t.data_rank))
+        return self._groups(lambda t: (t.stage, t.lane))
+
+    def context_groups(self) -> list[list[int]]:
+        """Ranks that hold the same weights and the parts of the same sequences."""
+        return self._groups(lambda t: (t.stage, t.data_rank, t.tensor_rank))
+
+    def lane_groups(self) -> list[list[int]]:
+        """Ranks that hold the same weights, experts excepted: gradients are averaged over them."""
+        return self._groups(lambda t: (t.stage, t.tensor_rank))
 
     def end_groups(self) -> list[list[int]]:
         """Pairs of a rank of the first and one of the last stage that hold the same part of the tied embedding."""
         last = self.pipeline - 1
-        return [ranks for ranks in self._groups(lambda t: (t.data_rank, t.tensor_rank), stages=(0, last)) if last]
+        return [ranks for ranks in self._groups(lambda t: (t.lane, t.tensor_rank), stages=(0, last)) if last]
 
     def expert_groups(self) -> list[list[int]]:
         """Ranks that together hold all experts of a stage once."""

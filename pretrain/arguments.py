@@ -71,6 +71,11 @@ def glam_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--ranks", type=int, help="ranks where parallel.data is auto (default: the fewest that carry it)")
     plan.add_argument("--json", action="store_true", help=JSON_HELP)
+    plan.add_argument(
+        "--attention",
+        action="store_true",
+        help="what block-sparse attention sees instead: density, reach in layers, and a picture in the run's folder",
+    )
 
     _prep(
         configured(
@@ -212,8 +217,8 @@ def _parity(parity: argparse.ArgumentParser) -> None:
         "--layout",
         action="append",
         default=[],
-        help="degrees tp, pp, ep, dp; switches sp, etp, zero, recompute = 0 or 1; schedule=dualpipev; mb=micro-batches "
-        "(default: the configuration's, each degree at most 2)",
+        help="degrees tp, cp, pp, ep, dp; switches sp, etp, zero, recompute = 0 or 1; schedule=dualpipev; "
+        "mb=micro-batches (default: the configuration's, each degree at most 2)",
     )
     parity.add_argument("--micro-batches", type=int, default=4, help="a step, where a layout does not say (default 4)")
     parity.add_argument("--steps", type=int, default=3)

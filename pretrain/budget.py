@@ -74,7 +74,7 @@ def flops_per_token(m: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for one token; recomputation is not counted.
 
     6 for each weight of a matrix product a token meets (the embedding look-up is none, the output product is one),
-    and 12*H*N for each key it attends to, of which a causal row has (S + 1) / 2 on average.
+    and 12*H*N for each key it attends to, of which a causal row has (S + 1) / 2 on average, a block-sparse one fewer.
     """
     return round(sum(block_flops(m, sequence_length)) + 6 * m.vocab_size * m.width)
 
@@ -83,10 +83,25 @@ def block_flops(m: ModelConfig, sequence_length: int) -> list[float]:
     """`flops_per_token` of each block; the output product is the rest."""
     p, dense_layers = parameters(m), m.num_layers - m.num_moe_layers
     attention = 6 * p.attention / m.num_layers
-    scores = 12 * m.attention.num_heads * m.attention.head_width * (sequence_length + 1) / 2
+    a_key = 12 * m.attention.num_heads * m.attention.head_width
+    full, sparse_keys = (sequence_length + 1) / 2, keys_a_query(m, sequence_length)
+    spec = m.attention.sparse
+    keys = [sparse_keys if spec and spec.is_sparse(layer) else full for layer in range(m.num_layers)]
     dense = 6 * p.dense_ffn / max(1, dense_layers)
     sparse = 6 * (p.active_experts + p.router) / max(1, m.num_moe_layers)
-    return [attention + scores + (sparse if m.is_moe(layer) else dense) for layer in range(m.num_layers)]
+    return [attention + a_key * keys[layer] + (sparse if m.is_moe(layer) else dense) for layer in range(m.num_layers)]
+
+
+def keys_a_query(m: ModelConfig, sequence_length: int) -> float:
+    """Keys a query of a block-sparse layer attends to, on average over the sequence."""
+    if m.attention.sparse is None:
+        return (sequence_length + 1) / 2
+    from model.patterns import block_layout  # torch: a second that a plan of full attention need not wait for
+
+    layout = block_layout(m.attention.sparse, 0, range(1), sequence_length)
+    b, rows = layout.block_size, layout.num_rows
+    blocks_a_row = layout.density() * (rows + 1) / 2
+    return blocks_a_row * b - (b - 1) / 2  # of its own block a query sees half
 
 
 def stages(c: RunConfig) -> Stages:
@@ -121,15 +136,16 @@ def stage_bytes(c: RunConfig, world_size: int, stage: int) -> RankBytes:
     """Memory of one rank of a stage."""
     m, p, t = c.model, c.parallel, c.train
     data = p.data_degree(world_size)
+    lanes = data * p.context
     cut = stages(c)
     dense, experts, copied = stage_parameters(m, cut, stage)
     dense, experts, copied = dense // p.tensor, experts // p.ranks_for_all_experts, copied // p.tensor
-    replicas = max(1, data * p.tensor // p.ranks_for_all_experts)
+    replicas = max(1, lanes * p.tensor // p.ranks_for_all_experts)
     shared = p.zero_stage == 1
     weight_bytes = 2 if t.precision == "bf16" else 4
     # Weights in float32 without ZeRO are their own masters.
     state_bytes = 12 if shared else 8
-    micro_tokens = t.micro_batch_sequences * t.sequence_length
+    micro_tokens = t.micro_batch_sequences * t.sequence_length // p.context
     # Passes of this place's layers held at once: 1F1B, as many as there are stages from here to the last; DualPipeV,
     # 2P + 1 passes of one of its two pieces at most.
     in_flight = (cut.num_pieces + 1) / 2 if cut.v_shaped else p.pipeline - stage
@@ -144,7 +160,7 @@ def stage_bytes(c: RunConfig, world_size: int, stage: int) -> RankBytes:
     return RankBytes(
         weights=weight_bytes * (dense + experts + copied),
         gradients=4 * (dense + experts + copied),
-        optimizer=state_bytes * (dense // (data if shared else 1) + experts // (replicas if shared else 1)),
+        optimizer=state_bytes * (dense // (lanes if shared else 1) + experts // (replicas if shared else 1)),
         activations=round(values * micro_tokens * weight_bytes),
         # Both the float32 logits of a chunk and their gradient in the weights' type, and the gradient of the table.
         logits=logits if cut.ends(stage) else 0,

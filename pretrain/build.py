@@ -18,6 +18,7 @@ from configs.run import RunConfig
 from model.glam import GLaM
 from model.init import initial_value
 from parallel import collectives, groups
+from parallel.context import split_sequences
 from parallel.engine import Engine
 from parallel.expert import spread_experts
 from parallel.failures import GRACE_S, working_together
@@ -30,7 +31,7 @@ from pretrain import budget
 from pretrain.checkpoint import Checkpoints, Restored
 from pretrain.checkpoint_checks import read_for_start, read_newest_readable
 from pretrain.checkpoint_folders import CHECKPOINTS, complete_checkpoints, find_checkpoint
-from pretrain.data import HeldOut, Sampler, check_vocabulary
+from pretrain.data import HeldOut, Sampler, check_document_end, check_vocabulary
 from pretrain.machine import keep_freed_memory, refuse_if_too_small
 from pretrain.metrics import Metrics
 from pretrain.state import TrainState
@@ -166,7 +167,8 @@ def make_topology(config: RunConfig, env: LaunchEnv) -> Topology:
     """The layout on the ranks that are there."""
     p = config.parallel
     data = p.data_degree(env.world_size)
-    return Topology(env.rank, data, p.tensor, p.pipeline, p.expert, p.expert_tensor and p.tensor > 1, p.sequence)
+    cut_experts = p.expert_tensor and p.tensor > 1
+    return Topology(env.rank, data, p.tensor, p.pipeline, p.expert, cut_experts, p.sequence, p.context)
 
 
 def materialise(config: RunConfig, topology: Topology, process_groups: groups.Groups, device: torch.device) -> Part:
@@ -184,11 +186,13 @@ def materialise(config: RunConfig, topology: Topology, process_groups: groups.Gr
             parameter.data.copy_(drawn)
     if process_groups.tensor is not None:
         split_tensors(part, process_groups.tensor)
+    if process_groups.context is not None:
+        split_sequences(part, process_groups.context)
     if topology.experts_have_groups and process_groups.expert is not None:
         name = groups.expert_group_name(topology)
         spread_experts(part.local_blocks().values(), process_groups.expert, name)
     # It feeds the noise of noisy routers. Ranks that see other tokens or layers draw other noise, on purpose; those
-    # that share tokens (tensor ranks) must draw the same.
+    # that share sequences (tensor and context ranks) must draw the same.
     torch.manual_seed(config.train.seed * 1_000_003 + topology.stage * topology.data + topology.data_rank)
     return part
 
@@ -226,6 +230,7 @@ def open_data(config: RunConfig, topology: Topology) -> tuple[Sampler, HeldOut |
     """Training and held-out data, checked against the model's vocabulary and the layout."""
     sampler = Sampler(config.data, config.train.sequence_length)
     check_vocabulary(sampler.vocab_sizes, config.model.vocab_size)
+    check_document_end(sampler.document_ends, config.model.attention.document_end)
     per_pass = topology.data * config.train.micro_batch_sequences
     return sampler, make_heldout(config, per_pass, least_micro_batches(config))
 

@@ -377,8 +377,8 @@ def _wait_until_copied(saving: _Saving) -> None:
 
 
 def _random_state(topology: Topology) -> dict[str, Tensor]:
-    """The generator behind noisy routers. Named by what it was seeded by: tensor ranks share tokens, and must go on to
-    draw the same noise at any layout. A place that was not there when it was saved keeps its own."""
+    """The generator behind noisy routers. Named by what it was seeded by: tensor and context ranks share sequences, and
+    must go on to draw the same noise at any layout. A place that was not there when it was saved keeps its own."""
     place = f"stage-{topology.stage}-data-{topology.data_rank}"
     if torch.cuda.is_available():
         return {f"random_state/gpu-{place}": torch.cuda.get_rng_state()}

@@ -189,6 +189,11 @@ class Sampler:
         return {name: source.stream.vocab_size for name, source in self.sources.items()}
 
     @property
+    def document_ends(self) -> dict[str, int | None]:
+        """The token that ends a document in each source; None where a foreign dataset does not say."""
+        return {name: source.stream.eos_id for name, source in self.sources.items()}
+
+    @property
     def tokenizers(self) -> dict[str, str | None]:
         """sha256 of the tokenizer that made each source; None where a foreign dataset does not say."""
         return {
@@ -255,6 +260,17 @@ def check_vocabulary(sizes: dict[str, int | None], model_vocab_size: int) -> Non
                 f"data source {name!r} has a vocabulary of {size} entries, model.vocab_size={model_vocab_size}",
                 "a model with at least as many",
                 f"set model.vocab_size={size}, or prepare the data with the tokenizer the model was made for",
+            )
+
+
+def check_document_end(ends: dict[str, int | None], document_end: int | None) -> None:
+    """Refuse shards whose documents end otherwise than the model is told: it would take them for one, or cut them."""
+    for name, end in ends.items():
+        if document_end is not None and end not in (None, document_end):
+            raise UserError(
+                f"documents of data source {name!r} end with token {end}, model.attention.document_end={document_end}",
+                "the same token",
+                f"set model.attention.document_end={end}, or null if documents may see each other",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ class HeldOutResult:
     loss: float  # nats a token
     tokens: int
     bits_per_byte: float | None  # of the text behind the labels; None where the tokenizer is not known
+    quarters: tuple[float, ...] = ()  # the loss by quarter of the positions in a window, where it was asked for
 
 
 def result(loss: float, heldout: HeldOut, text_bytes: int | None) -> HeldOutResult:
@@ -40,15 +41,21 @@ def evaluate_on_ranks(engine: Engine, heldout: HeldOut, text_bytes: int | None, 
 
 @torch.no_grad()
 def evaluate_alone(model: GLaM, heldout: HeldOut, text_bytes: int | None, micro_batch: int) -> HeldOutResult:
-    """On one process that holds the whole model."""
+    """On one process that holds the whole model; by quarter of the positions too: what a long context is good for shows
+    in the last."""
     model.eval()
     device = model.embed.weight.device
-    total, count = 0.0, 0
+    total_4, count_4 = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for tokens, labels in cut_batch(heldout.read(), micro_batch):
         hidden = torch.from_numpy(tokens).to(device)
+        model.expect([hidden])
         for layer in model.layers():
             hidden = layer(hidden)
-        label = torch.from_numpy(labels).to(device).flatten()
-        total += float(language_model_loss(hidden.flatten(0, 1), model.output_weight, label)[1]) * label.numel()
-        count += label.numel()
-    return result(total / count, heldout, text_bytes)
+        label_BS = torch.from_numpy(labels).to(device)
+        for quarter, (part, label) in enumerate(zip(hidden.tensor_split(4, dim=1), label_BS.tensor_split(4, dim=1))):
+            if label.numel():
+                loss = language_model_loss(part.flatten(0, 1), model.output_weight, label.flatten())[1]
+                total_4[quarter] += float(loss) * label.numel()
+                count_4[quarter] += label.numel()
+    found = result(float(total_4.sum() / count_4.sum()), heldout, text_bytes)
+    return replace(found, quarters=tuple((total_4 / count_4.clamp(min=1)).tolist()))

@@ -57,7 +57,7 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
     """The documents of the batch that made step `step` (counted from 1, as the log does), in order.
 
     Args:
-        rank: only what this rank read.
+        rank: only what this rank read; context ranks read the same sequences, and each holds its part of them.
 
     Raises:
         UserError: no such run, step or rank, or its data is gone.
@@ -78,12 +78,14 @@ def batch_documents(run_dir: Path, step: int, rank: int | None = None) -> list[S
     for _ in range(begun, step - 1):
         sampler.next_batch(sequences)
     chosen = sampler.next_batch(sequences)
-    world = layout["data"] * layout["tensor"] * layout["pipeline"]
+    context = layout.get("context", 1)  # runs of before there was any do not name it
+    ranks = Topology(0, layout["data"], layout["tensor"], layout["pipeline"], context=context)
     wanted = None
     if rank is not None:
-        if not 0 <= rank < world:
-            raise UserError(f"--rank {rank}", f"0 <= rank < {world}: the ranks step {step} ran on", "mend --rank")
-        wanted = Topology(rank, layout["data"], layout["tensor"], layout["pipeline"]).data_rank
+        if not 0 <= rank < ranks.world_size:
+            told = f"0 <= rank < {ranks.world_size}: the ranks step {step} ran on"
+            raise UserError(f"--rank {rank}", told, "mend --rank")
+        wanted = ranks.at(rank).data_rank
     per_rank = sequences // layout["data"]
     return [
         seen

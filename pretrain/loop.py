@@ -126,10 +126,10 @@ def next_micro_batches(run: Run) -> list[tuple[Tensor, Tensor]]:
 def announce(run: Run) -> None:
     """What is about to be trained, and from where."""
     p = budget.parameters(run.config.model)
-    t = run.engine.topology
+    ranks = run.engine.topology.world_size
     run.say(
         f"{run.config.name}: {p.total:,} parameters, {p.active:,} active per token; "
-        f"{t.world_size} rank(s): data {t.data}, tensor {t.tensor}, pipeline {t.pipeline}, expert {t.expert}; "
+        f"{ranks} rank(s): {run.config.parallel.in_words(ranks)}; "
         f"{run.config.train.precision} on {run.engine.device}"
     )
     if run.restored and run.metrics:
@@ -166,7 +166,7 @@ def data_record(run: Run) -> dict[str, Any]:
         "datasets": {name: source.stream.identity for name, source in run.sampler.sources.items()},
         "sequence_length": run.config.train.sequence_length,
         "batch_tokens": run.config.train.batch_tokens,
-        "layout": {"data": t.data, "tensor": t.tensor, "pipeline": t.pipeline},
+        "layout": {"data": t.data, "context": t.context, "tensor": t.tensor, "pipeline": t.pipeline},
     }
 
 

@@ -109,7 +109,7 @@ def required_ranks(config: RunConfig, world_size: int) -> int:
     """Ranks the layout asks for; where data=auto, the smallest multiple that carries the experts."""
     p = config.parallel
     if p.data != "auto":
-        return p.data * p.tensor * p.pipeline
+        return p.data * p.model_ranks
     least = p.fewest_ranks
     return world_size if world_size % least == 0 else max(least, world_size // least * least)
 

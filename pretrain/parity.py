@@ -93,8 +93,8 @@ def likely_cause(ratio: float, config: RunConfig, num_ranks: int) -> str:
     p = config.parallel
     data = p.data_degree(num_ranks)
     degrees = {
-        "tensor ranks": p.tensor, "expert ranks": p.expert, "data ranks": data, "stages": p.pipeline,
-        "micro-batches": config.train.num_micro_batches(data),
+        "tensor ranks": p.tensor, "context ranks": p.context, "expert ranks": p.expert, "data ranks": data,
+        "stages": p.pipeline, "micro-batches": config.train.num_micro_batches(data),
     }  # fmt: skip
     counted = (ratio, "counted once for each of the"), (1 / ratio if ratio else 0.0, "only one's share of the")
     for factor, words in counted:

@@ -27,7 +27,7 @@ from parallel import collectives
 from pretrain import build
 from pretrain.checkpoint_checks import read_newest_readable
 from pretrain.checkpoint_folders import complete_checkpoints
-from pretrain.data import Source, check_vocabulary
+from pretrain.data import Source, check_document_end, check_vocabulary
 from pretrain.preflight_report import Check, Step, Where, gib, told_by
 
 MOST_EPOCHS = 4  # repeating text up to so often is nearly as good as new text: arXiv:2305.16264, sec. 6
@@ -80,6 +80,7 @@ def look_at_data(where: Where) -> Opened:
     for name, source in opened.items():
         try:
             check_vocabulary({name: source.stream.vocab_size}, config.model.vocab_size)
+            check_document_end({name: source.stream.eos_id}, config.model.attention.document_end)
         except UserError as error:
             unfit.append(error.found)
     if config.data.heldout and not met:

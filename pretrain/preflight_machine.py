@@ -169,13 +169,12 @@ def judge_devices(where: Where, found: list[Device]) -> list[Check]:
 
 def judge_layout(where: Where, _: list[None]) -> list[Check]:
     p, count = where.config.parallel, where.ranks_meant
-    degrees = f"data {p.data_degree(count)}, tensor {p.tensor}, pipeline {p.pipeline}, expert {p.expert}"
     here = "" if where.is_whole else f"; tried here on {where.num_ranks}"
     if faults := where.layout_faults:
         nearest = nearest_layout(where.config, count)
         remedy = f"the nearest that works on {count} rank(s): {nearest}" if nearest else "start another number of ranks"
         return [Check("layout", "no", "; ".join(faults), remedy)]
-    return [Check("layout", "ok", f"{count:,} rank(s): {degrees}{here}")]
+    return [Check("layout", "ok", f"{count:,} rank(s): {p.in_words(count)}{here}")]
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -69,13 +69,13 @@ def _here(config: RunConfig) -> Report:
     """On gloo ranks started on this machine, where the layout asks for more on its degrees brought down to two."""
     from pretrain.local_ranks import run_ranks
     from pretrain.machine import required_ranks
-    from pretrain.trials import SHORT, halved
+    from pretrain.trials import DEGREES, SHORT, halved
 
-    degrees = {"dp": 1, "tp": 1, "pp": 1, "ep": 1} | dict(
+    degrees = dict.fromkeys(DEGREES, 1) | dict(
         (key, int(value)) for key, _, value in (part.partition("=") for part in halved(config).split(","))
     )
     parallel = config.parallel.model_copy(update={SHORT[key]: degree for key, degree in degrees.items()})
-    ranks = parallel.data_degree(1) * parallel.tensor * parallel.pipeline
+    ranks = parallel.data_degree(1) * parallel.model_ranks
     meant = required_ranks(config, ranks)
     timeout_s = _TIMEOUT_S + 30.0 * ranks
     found = run_ranks(ranks, preflight_job, config, parallel.model_dump(), meant, timeout_s=timeout_s)

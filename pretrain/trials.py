@@ -15,9 +15,10 @@ from parallel.topology import Topology
 
 # As the field abbreviates them -> key of the configuration's `parallel`.
 SHORT = {
-    "dp": "data", "tp": "tensor", "pp": "pipeline", "ep": "expert", "sp": "sequence", "etp": "expert_tensor",
-    "zero": "zero_stage", "schedule": "schedule",
+    "dp": "data", "tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert", "sp": "sequence",
+    "etp": "expert_tensor", "zero": "zero_stage", "schedule": "schedule",
 }  # fmt: skip
+DEGREES = ("tp", "cp", "pp", "ep", "dp")  # of ranks; the rest are switches
 OWN = ("mb", "recompute")  # micro-batches a step, recomputation
 MOST_RANKS = 64  # started on one machine
 # AdamW divides by the root of the second moment: with the usual 1e-8 a gradient element near zero turns its rounding
@@ -61,7 +62,7 @@ def make_trials(
     for text, layout in zip(layouts or [halved(config)], asked):
         _configure(tree, text, layout, sequences)  # refuses what the model itself cannot carry, though a small one may
         trial = _configure(small, text, layout, sequences)
-        ranks = layout["dp"] * layout["tp"] * layout["pp"]
+        ranks = layout["dp"] * layout["cp"] * layout["tp"] * layout["pp"]
         if (ranks_there or ranks) != ranks or ranks > (ranks_there or MOST_RANKS):
             raise UserError(
                 f"--layout {text}: {ranks} rank(s)",
@@ -78,7 +79,7 @@ def make_trials(
 
 def _read(text: str, micro_batches: int, schedule: str) -> dict[str, Any]:
     """ "tp=2,pp=2" -> degrees; what is not named is 1, or as configured where it is no degree."""
-    layout: dict[str, Any] = {"dp": 1, "tp": 1, "pp": 1, "ep": 1}
+    layout: dict[str, Any] = dict.fromkeys(DEGREES, 1)
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
         if key not in SHORT and key not in OWN:
@@ -87,7 +88,7 @@ def _read(text: str, micro_batches: int, schedule: str) -> dict[str, Any]:
         if key != "schedule" and not value.isdecimal():
             raise UserError(f"--layout {text}: {part!r}", f"{key}=<number>", "write for example tp=2,pp=2,ep=2,dp=2")
         layout[key] = value if key == "schedule" else int(value)
-        if key in ("dp", "tp", "pp", "ep", "mb") and layout[key] == 0:
+        if key in (*DEGREES, "mb") and layout[key] == 0:
             raise UserError(f"--layout {text}: {part!r}", f"{key} of at least 1", "leave it out for 1")
     layout.setdefault("schedule", schedule)
     least = 2 * layout["pp"] if layout["schedule"] == "dualpipev" and layout["pp"] > 1 else 1
@@ -114,7 +115,7 @@ def _configure(tree: dict[str, Any], text: str, layout: dict[str, Any], sequence
 
 def layout_of(topology: Topology) -> str:
     """The degrees of ranks that are there, as `--layout` takes them."""
-    degrees = {"tp": topology.tensor, "pp": topology.pipeline, "ep": topology.expert, "dp": topology.data}
+    degrees = {key: getattr(topology, SHORT[key]) for key in DEGREES}
     return ",".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "dp=1"
 
 
@@ -122,16 +123,17 @@ def halved(config: RunConfig) -> str:
     """The configured layout with every degree above 1 brought down to 2: its kind, on few ranks."""
     p = config.parallel
     data = 2 if p.data == "auto" or p.data > 1 else 1
-    degrees = {"tp": min(p.tensor, 2), "pp": min(p.pipeline, 2), "ep": min(p.expert, 2), "dp": data}
+    degrees = {key: data if key == "dp" else min(getattr(p, SHORT[key]), 2) for key in DEGREES}
     return ",".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "dp=1"
 
 
 def _shrink(tree: dict[str, Any], asked: Sequence[dict[str, Any]]) -> None:
     """Make the model small in place: its kinds of layers, router, ratios and positions stay, sizes go.
 
-    Sizes stay multiples of the tensor degrees, and layers and experts enough for the stages and expert degrees.
+    Sizes stay multiples of the tensor (and context) degrees, and layers and experts enough for the stages and expert
+    degrees.
     """
-    model, tensor = tree["model"], math.lcm(*(layout["tp"] for layout in asked))
+    model, tensor = tree["model"], math.lcm(*(layout["tp"] * layout["cp"] for layout in asked))
     expert = math.lcm(*(layout["ep"] for layout in asked))
     stages = max(layout["pp"] * (2 if layout.get("schedule") == "dualpipev" else 1) for layout in asked)
 
@@ -146,11 +148,27 @@ def _shrink(tree: dict[str, Any], asked: Sequence[dict[str, Any]]) -> None:
     model.update(vocab_size=small(model["vocab_size"], 128), width=min(model["width"], 48))
     model["ffn"]["width"] = small(model["ffn"]["width"], 72)
     period = moe["every"] if moe else 1
-    model["num_layers"] = min(model["num_layers"], max(2 * period, stages))
-    tree["train"]["sequence_length"] = small(tree["train"]["sequence_length"], 32)
+    sparse = attention["sparse"]
+    least = max(2 * period, stages, len(sparse["pattern"]) if sparse else 0)
+    model["num_layers"] = min(model["num_layers"], least)
+    tree["train"]["sequence_length"] = small(tree["train"]["sequence_length"], 128 if sparse else 32)
+    if sparse:
+        _shrink_blocks(sparse, attention["position"])
+    if attention["document_end"] is not None:
+        attention["document_end"] = min(attention["document_end"], model["vocab_size"] - 1)
     if moe:
         moe["expert"]["width"] = small(moe["expert"]["width"], 56)
         least = max(4, moe["router"].get("k", 1))
         moe["num_experts"] = min(moe["num_experts"], -(-least // expert) * expert)
         if (capacity := moe["router"].get("capacity")) and capacity["group_tokens"]:
             capacity["group_tokens"] = tree["train"]["sequence_length"]
+
+
+def _shrink_blocks(sparse: dict[str, Any], position: dict[str, Any]) -> None:
+    """Many small blocks, so that a short sequence has some to leave out; what counts in blocks shrinks with them."""
+    block, layout = 16, sparse["layout"]
+    most = {"sinks": 1, "window": 3, "random": 3, "stride": 4, "segment_tokens": 2 * block, "summary_tokens": 4}
+    layout.update({key: min(layout[key], most[key]) for key in most if key in layout})
+    sparse["block_size"] = block
+    if layout["kind"] == "etc" and position["kind"] == "relative_bias":  # summaries lie behind the bias' reach
+        position["max_distance"] = min(position["max_distance"], (layout["window"] - 1) * block + 1)

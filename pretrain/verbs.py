@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 def plan(args: Any) -> None:
     config = RunConfig.load(args.config, args.overrides)
+    if args.attention:
+        return _plan_attention(config, args.json)
     p = config.parallel
-    ranks = p.data * p.tensor * p.pipeline if p.data != "auto" else (args.ranks or p.fewest_ranks)
+    ranks = p.data * p.model_ranks if p.data != "auto" else (args.ranks or p.fewest_ranks)
     counts = budget.parameters(config.model)
     memory = budget.bytes_per_rank(config, ranks)
     flops = budget.flops_per_token(config.model, config.train.sequence_length)
@@ -51,8 +53,7 @@ def plan(args: Any) -> None:
     table.add_row("training tokens", f"{training_tokens:,}")
     table.add_row("training FLOPs", f"{flops * training_tokens:.4g}")
     table.add_section()
-    layout = f"data {p.data_degree(ranks)}, tensor {p.tensor}, pipeline {p.pipeline}, expert {p.expert}"
-    table.add_row("ranks", f"{ranks:,} ({layout})")
+    table.add_row("ranks", f"{ranks:,} ({p.in_words(ranks)})")
     if p.pipeline > 1:
         table.add_row("layers of each stage", " ".join(str(count) for count in stage_layers))
     for name, value in vars(memory).items():
@@ -64,6 +65,17 @@ def plan(args: Any) -> None:
         copy = memory.optimizer if p.zero_stage == 1 else saved / ranks  # replicas are written, and copied, once
         table.add_row("GiB of main memory per rank meanwhile", f"{copy / 2**30:,.2f}")
     Console().print(table)
+
+
+def _plan_attention(config: RunConfig, as_json: bool) -> None:
+    from pretrain.attention_plan import draw, plan_attention, print_plan
+
+    found, picture = plan_attention(config), Path(config.run_dir) / "attention.png"
+    draw(config, found, picture)
+    if as_json:
+        print(json.dumps(found.as_json() | {"picture": str(picture)}))
+    else:
+        print_plan(found, picture)
 
 
 def train(args: Any) -> int:
@@ -90,13 +102,15 @@ def eval(args: Any) -> None:
     if args.json:
         print(json.dumps({
             "checkpoint": str(folder), "tokens": found.tokens, "loss": found.loss, "bits_per_byte": found.bits_per_byte,
-            "order0_loss": baseline, "order0_bits_per_byte": bits,
+            "order0_loss": baseline, "order0_bits_per_byte": bits, "loss_by_quarter": found.quarters,
         }))  # fmt: skip
         return
     table = Table(title=f"{folder}: {found.tokens:,} held-out tokens")
     for column in ("", "nats per token", "bits per byte"):
         table.add_column(column, justify="right" if column else "left")
-    for name, nats, per_byte in (("model", found.loss, found.bits_per_byte), ("order-0 baseline", baseline, bits)):
+    last = ("model, last quarter of the positions", found.quarters[-1], None)
+    rows = (("model", found.loss, found.bits_per_byte), last, ("order-0 baseline", baseline, bits))
+    for name, nats, per_byte in rows:
         table.add_row(name, f"{nats:.4f}", f"{per_byte:.4f}" if per_byte is not None else "-")
     Console().print(table)
 
@@ -128,6 +142,12 @@ def generate(args: Any) -> None:
     if not prompt:  # a foreign tokenizer may drop what was given
         raise UserError(
             f"a prompt without tokens: {args.prompt!r}", "at least one token", "pass other text to --prompt"
+        )
+    if len(prompt) + args.max_tokens > (longest := config.train.sequence_length):
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and --max-tokens {args.max_tokens}",
+            f"{longest} together: train.sequence_length, the most the model has seen",
+            "ask for fewer, or train it on longer sequences first (docs/long_context.md)",
         )
     sys.stdout.write(args.prompt)
     ids: list[int] = []

@@ -30,7 +30,7 @@ def nodes_for(config: RunConfig, site: SiteConfig, asked: int | None) -> Nodes:
     if asked is not None and asked < 1:
         raise UserError(f"--nodes {asked}", "at least 1", "leave it out: the layout says how many it takes")
     if p.data != "auto":
-        return _for_fixed(config, each, p.data * p.tensor * p.pipeline, asked)
+        return _for_fixed(config, each, p.data * p.model_ranks, asked)
     if asked is not None:
         if not (faults := layout_faults(config, asked * each)):
             return Nodes(asked, each)

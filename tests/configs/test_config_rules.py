@@ -35,6 +35,16 @@ BROKEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("parallel.expert=4", "num_experts=6"),
         ("parallel.expert=3",),
     ),
+    "sparse_blocks_fit_sequence": (
+        ("model.attention.sparse={block_size: 16}", "train.sequence_length=96", "train.batch_tokens=768"),
+        ("sinks + window + random = 7 blocks", "train.sequence_length=96 has 6 whole blocks of 16"),
+        ("model.attention.sparse={block_size: 16}", "train.sequence_length=112", "train.batch_tokens=896"),
+    ),
+    "document_end_is_a_token": (
+        ("model.attention.document_end=64",),
+        ("model.attention.document_end=64", "model.vocab_size=64"),
+        ("model.attention.document_end=63",),
+    ),
     "schedule_fits_steps": (
         ("train.schedule={kind: wsd, warmup_steps: 60, decay_steps: 50}",),
         ("110 steps", "train.steps=100"),
@@ -68,6 +78,16 @@ BROKEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
             "train.sequence_length=18",
             "train.batch_tokens=144",
         ),
+    ),
+    "context_divides_heads": (
+        ("parallel={context: 4, tensor: 2}",),
+        ("parallel.context=4 x parallel.tensor=2", "num_heads=4", "nearest that works: parallel."),
+        ("parallel={context: 4, tensor: 1}", "model.attention.num_kv_heads=2"),
+    ),
+    "context_divides_sequence": (
+        ("parallel.context=4", "train.sequence_length=18", "train.batch_tokens=144"),
+        ("parallel.context=4", "train.sequence_length=18", "nearest that works: parallel.context=2"),
+        ("parallel.context=2", "train.sequence_length=18", "train.batch_tokens=144"),
     ),
     "stages_have_layers": (
         ("parallel.pipeline=5",),
@@ -141,6 +161,8 @@ def test_broken_rules_are_told_together(check: Check) -> None:
         (("parallel.expert=3",), 4, ("parallel.expert=3", "4 rank(s)")),
         (("parallel={tensor: 2, expert: 2, expert_tensor: true}",), 2, ("parallel.expert=2", "1 rank(s)", "(data)")),
         ((), 8, ("8 sequences", "8 x 2")),
+        (("parallel={context: 2, tensor: 2}",), 6, ("6 rank(s)", "parallel.context x parallel.tensor", "= 4")),
+        (("parallel={context: 2, expert: 3}",), 4, ("parallel.expert=3", "4 rank(s)", "(data x context x tensor)")),
         (("parallel={pipeline: 2, schedule: dualpipev}",), 4, ("needs 4 micro-batches", "holds 2")),
         (("data.heldout=[x]", "train.eval_sequences=5"), 2, ("train.eval_sequences=5", "4")),
     ],
@@ -162,6 +184,7 @@ def test_layout_without_faults(check: Check) -> None:
     [
         (("parallel.tensor=2", "parallel.pipeline=2"), 2, "parallel.tensor=1"),
         (("parallel.expert=6",), 4, "parallel.expert=2"),
+        (("parallel={context: 4, tensor: 1}",), 2, "parallel.context=2"),
         (("parallel.data=4",), 2, "parallel.data=2"),
         (("parallel={data: 2, tensor: 2, pipeline: 2, expert: 3}",), 8, "parallel.expert=2"),
         ((), 7, None),  # seven stages, heads or sequences there are not
@@ -178,12 +201,13 @@ def test_nearest_layout_runs_on_the_ranks_that_are_there(
         assert layout_faults(check(*parallel, *nearest.split()), world_size) == []
 
 
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4096))
-def test_data_degree_uses_the_ranks_that_are_there(tensor: int, pipeline: int, world_size: int) -> None:
-    data, model_ranks = ParallelConfig(tensor=tensor, pipeline=pipeline).data_degree(world_size), tensor * pipeline
-    assert data >= 1
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), st.integers(1, 4096))
+def test_data_degree_uses_the_ranks_that_are_there(context: int, tensor: int, pipeline: int, world_size: int) -> None:
+    free = ParallelConfig(context=context, tensor=tensor, pipeline=pipeline)
+    data, model_ranks = free.data_degree(world_size), context * tensor * pipeline
+    assert data >= 1 and model_ranks == free.model_ranks
     assert data * model_ranks <= max(world_size, model_ranks) < (data + 1) * model_ranks
-    assert ParallelConfig(data=7, tensor=tensor, pipeline=pipeline).data_degree(world_size) == 7
+    assert free.model_copy(update={"data": 7}).data_degree(world_size) == 7
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.integers(2, 64))

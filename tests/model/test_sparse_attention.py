@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +51,7 @@ def outcome(
 def test_kernels_equal_the_oracle(
     name: str, kernel: str, length: int, batch: int, groups: int, share: int, biased: bool, documents: bool, seed: int
 ) -> None:
+    assume(not (biased and name == "etc of whole blocks"))  # its window is too short for a bias: refused
     heads = random_heads(batch, groups, share, length, 8, torch.float32, seed)
     start = random_starts(batch, length, torch.Generator().manual_seed(seed)) if documents else None
     for found, wanted in zip(outcome(kernel, name, heads, biased, start), outcome("dense", name, heads, biased, start)):
@@ -61,7 +62,7 @@ def test_kernels_equal_the_oracle(
 def test_gathered_and_chunked_are_equal_to_the_bit(name: str) -> None:
     """They differ in what they keep, not in what they compute."""
     heads = random_heads(2, 2, 2, 150, 8, torch.float32)
-    for kept, recomputed in zip(outcome("gathered", name, heads, True), outcome("chunked", name, heads, True)):
+    for kept, recomputed in zip(outcome("gathered", name, heads), outcome("chunked", name, heads)):
         assert torch.equal(kept, recomputed)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from configs.run import RunConfig
 from parallel import gradients, groups
+from parallel.context import own_part
 from parallel.engine import Engine
 from pretrain.build import make_topology
 from pretrain.health import fit_to_apply
@@ -26,6 +27,13 @@ GATE_LAYOUTS = (
     "pp=2,ep=2,dp=2",
     "tp=2,ep=2",
     "tp=2,pp=2,ep=2,dp=2",
+)
+CONTEXT_LAYOUTS = (
+    "cp=2",
+    "cp=2,ep=2",
+    "cp=2,pp=2",
+    "cp=2,tp=2",
+    "cp=2,dp=2,zero=0",
 )
 
 
@@ -90,6 +98,38 @@ def heads_swapped(engine: Engine) -> None:
             weight.data.copy_(weight.data.roll(1, 0))
 
 
+def balance_divided_by_context(engine: Engine) -> None:
+    """A balance loss that the mean over context ranks divides."""
+    for block in engine.part.local_blocks().values():
+        block.aux_scale /= engine.topology.context
+
+
+def biases_of_the_first_heads(engine: Engine) -> None:
+    """Context ranks that all take the position bias of the first one's heads."""
+    for block in engine.part.local_blocks().values():
+        assert block.attention.bias is not None
+        count = len(block.attention.bias.own_heads())
+        block.attention.bias.heads = slice(0, count)
+
+
+def blocks_of_the_first_groups(engine: Engine) -> None:
+    """Context ranks that all draw the random blocks of the first one's heads."""
+    for block in engine.part.local_blocks().values():
+        if block.attention.blocks is not None:
+            block.attention.blocks.groups = range(len(block.attention.blocks.groups))
+
+
+def documents_of_the_part(engine: Engine) -> None:
+    """Stages that look for ends of documents in their part of the sequences only."""
+    expect = engine.model.expect
+
+    def cut(tokens: Iterable[torch.Tensor]) -> None:
+        size = engine.topology.context
+        expect(own_part(part, engine.topology).repeat(1, size) for part in tokens)
+
+    engine.model.expect = cut  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[Engine], None]] = {
     fault.__name__: fault
     for fault in (
@@ -101,6 +141,10 @@ FAULTS: dict[str, Callable[[Engine], None]] = {
         embedding_not_tied,
         no_clipping,
         heads_swapped,
+        balance_divided_by_context,
+        biases_of_the_first_heads,
+        blocks_of_the_first_groups,
+        documents_of_the_part,
     )
 }
 

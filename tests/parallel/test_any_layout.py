@@ -23,14 +23,19 @@ from tests.parallel.gate_jobs import GATE_LAYOUTS
 from tests.parallel.jobs import assemble
 from tests.tiny import tiny_config
 
-LAYOUTS = ("dp=1", *GATE_LAYOUTS, "pp=2,schedule=dualpipev", "tp=2,etp=1,ep=2,dp=2", "pp=3", "dp=4,ep=2,mb=2")
+LAYOUTS = (
+    "dp=1", *GATE_LAYOUTS, "pp=2,schedule=dualpipev", "tp=2,etp=1,ep=2,dp=2", "pp=3", "dp=4,ep=2,mb=2",
+    "cp=2,tp=2,ep=4", "cp=2,dp=2,zero=0",
+)  # fmt: skip
 SAVE_AT, STEPS = 2, 7
 EVERY = 5  # pair goes on
 
 
 def trials(make_data: MakeData, seed: int, layouts: Sequence[str]) -> list[Trial]:
     """All over the same eight sequences a step, of two real sources."""
-    config = tiny_config("model.vocab_size=512", "model.lm_z_coef=1e-3", "train.clip_norm=0.5")
+    config = tiny_config(
+        "model.vocab_size=512", "model.attention.num_heads=4", "model.lm_z_coef=1e-3", "train.clip_norm=0.5"
+    )
     config = config.model_copy(update={"data": make_data(seed, json=1.0, email=2.0)})
     made = []
     for layout in layouts:
@@ -91,11 +96,13 @@ def test_bf16_moves_too(tmp_path: Path, make_data: MakeData, here: str, there: s
         assert now[0] == pytest.approx(right[0], rel=1e-2)
 
 
-def test_noise_of_routers_moves_with_the_data_it_was_drawn_for(tmp_path: Path, make_data: MakeData) -> None:
-    """Tensor ranks share tokens, so they must go on to draw the same noise: that of the rank they come from."""
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_noise_of_routers_moves_with_the_data_it_was_drawn_for(tmp_path: Path, make_data: MakeData, axis: str) -> None:
+    """Tensor and context ranks share sequences, so they must go on to draw the same noise: that of the rank they come
+    from."""
     noisy = ("model.vocab_size=512", "model.moe.router={kind: noisy_topk}", "train.clip_norm=null")
     data = {"data": make_data(json=1.0)}
-    one, two = (tiny_config(*noisy, f"parallel.tensor={n}").model_copy(update=data) for n in (1, 2))
+    one, two = (tiny_config(*noisy, f"parallel.{axis}={n}").model_copy(update=data) for n in (1, 2))
     [stayed] = run_ranks(1, stay_job, one, str(tmp_path), SAVE_AT, SAVE_AT + 2)
     moved = run_ranks(2, move_job, two, [str(tmp_path)], SAVE_AT + 2)
     for now, right in zip(moved[0][0]["figures"], stayed["figures"], strict=True):

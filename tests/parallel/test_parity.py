@@ -17,7 +17,7 @@ from pretrain.local_ranks import run_ranks
 from pretrain.parity import TOLERANCE, Verdict, judge, tensor_errors
 from pretrain.parity_ranks import Figures, oracle, write_seed_checkpoint
 from pretrain.trials import Trial, make_trials
-from tests.parallel.gate_jobs import FAULTS, GATE_LAYOUTS, counting_job, faulty_job, variants_job
+from tests.parallel.gate_jobs import CONTEXT_LAYOUTS, FAULTS, GATE_LAYOUTS, counting_job, faulty_job, variants_job
 from tests.tiny import tiny_config
 
 STEPS = 3
@@ -28,6 +28,24 @@ COMMON = (
     "model.moe.router={kind: topk, balance_coef: 0.1, z_coef: 0.01}",
 )
 CAPACITY = "model.moe.router={kind: topk, capacity: {factor: 0.8}, balance_coef: 0.1, z_coef: 0.01}"
+LONG = ("train.sequence_length=96", "train.batch_tokens=96", "model.attention.num_heads=4")
+BLOCKS = "{block_size: 16, pattern: SSSF, layout: {kind: bigbird, window: 2, random: 2}}"
+SPARSE = f"model.attention.sparse={BLOCKS}"
+SUMMARIES = (
+    "model.attention.position={kind: relative_bias, max_distance: 17}",
+    "model.attention.sparse="
+    "{block_size: 16, pattern: SSSF, layout: {kind: etc, window: 2, segment_tokens: 32, summary_tokens: 4}}",
+)
+DOCUMENTS = "model.attention.document_end=5"
+# Models in which a fault of theirs weighs.
+FAULTY: dict[str, tuple[str, ...]] = {
+    "biases_of_the_first_heads": LONG,
+    "blocks_of_the_first_groups": (
+        *LONG,
+        "model.attention.sparse={block_size: 16, layout: {kind: bigbird, sinks: 0, window: 1, random: 1}}",
+    ),
+    "documents_of_the_part": (*LONG, DOCUMENTS),
+}
 GROUPED = "model.attention={num_heads: 4, num_kv_heads: 2, head_width: 8, qk_norm: true, position: {kind: rotary}}"
 
 
@@ -60,8 +78,10 @@ def trial(layout: str, *overrides: str, sequences: int = 8) -> Trial:
     """One layout of the tiny model over 8 sequences a step."""
     degrees = dict(part.split("=") for part in layout.split(","))
     per_rank = sequences // (int(degrees.get("dp", 1)) * int(degrees.get("mb", 4)))
-    [made] = make_trials(tiny_config(*COMMON, *overrides), [layout], 4, full_size=True)
-    train = made.config.train.model_copy(update={"micro_batch_sequences": per_rank, "batch_tokens": 16 * sequences})
+    heads = ("model.attention.num_heads=4",) if {"cp", "tp"} <= degrees.keys() else ()
+    [made] = make_trials(tiny_config(*COMMON, *heads, *overrides), [layout], 4, full_size=True)
+    batch_tokens = made.config.train.sequence_length * sequences
+    train = made.config.train.model_copy(update={"micro_batch_sequences": per_rank, "batch_tokens": batch_tokens})
     return Trial(layout, made.config.model_copy(update={"train": train}), made.ranks)
 
 
@@ -86,7 +106,7 @@ def assert_agree(trials: list[Trial], folder: Path) -> None:
     assert not told, "\n".join(told)
 
 
-@pytest.mark.parametrize("layout", GATE_LAYOUTS)
+@pytest.mark.parametrize("layout", (*GATE_LAYOUTS, *CONTEXT_LAYOUTS))
 def test_layout_trains_as_one_process_does(layout: str, seeds: Path) -> None:
     """1 and 4 micro-batches x recompute on and off x dropless and capacity."""
     trials = [
@@ -126,6 +146,38 @@ def test_other_layouts_and_models(ranks: int, seeds: Path) -> None:
     assert_agree(listed, seeds)
 
 
+def long(kv_heads: int) -> str:
+    """Everything at once: rotary positions, grouped queries, random blocks, documents kept apart."""
+    return (
+        f"model.attention={{num_heads: 4, num_kv_heads: {kv_heads}, head_width: 8, qk_norm: true, "
+        f"position: {{kind: rotary}}, document_end: 5, sparse: {BLOCKS}}}"
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_long_sequences(ranks: int, seeds: Path) -> None:
+    """Every kind of attention, with heads cut over tensor ranks, sequences over context ranks, layers over stages."""
+    untied = "model.tied_embedding=false"
+    choice = "model.moe.router={kind: expert_choice, allow_noncausal: true}"
+    listed = {
+        2: [
+            trial("cp=2", *LONG, SPARSE), trial("cp=2", *LONG, *SUMMARIES), trial("cp=2", *LONG, SPARSE, DOCUMENTS),
+            trial("cp=2", *LONG, long(kv_heads=2)), trial("cp=2,recompute=1", *LONG, long(kv_heads=1)),
+            trial("cp=2", *LONG, choice), trial("tp=2", *LONG, SPARSE), trial("tp=2", *LONG, long(kv_heads=2)),
+            trial("pp=2", *LONG, SPARSE, DOCUMENTS), trial("pp=2,schedule=dualpipev", *LONG, DOCUMENTS),
+        ],
+        4: [
+            trial("cp=2,tp=2", *LONG, SPARSE), trial("cp=2,tp=2,sp=0", *LONG, long(kv_heads=2), untied),
+            trial("cp=4", *LONG, long(kv_heads=2)), trial("cp=4,ep=4", *LONG, SPARSE, DOCUMENTS, choice),
+            trial("cp=2,pp=2,schedule=dualpipev", *LONG, long(kv_heads=1)),
+            trial("cp=2,tp=2,ep=4", *LONG, SPARSE, DOCUMENTS, CAPACITY),
+            trial("cp=2,tp=2,etp=1,ep=2", *LONG, *SUMMARIES, CAPACITY), trial("pp=4", *LONG, SPARSE, DOCUMENTS),
+        ],
+        8: [trial("cp=2,tp=2,pp=2,ep=4", *LONG, *SUMMARIES), trial("cp=2,tp=2,dp=2,ep=2", *LONG, long(kv_heads=2))],
+    }[ranks]  # fmt: skip
+    assert_agree(listed, seeds)
+
+
 def test_stages_may_hold_unequal_numbers_of_experts_and_none(seeds: Path) -> None:
     """What `pp=3` and `pp=4` above rest on: a layout in which stages differ, and one where some hold no experts."""
     from pretrain import budget
@@ -140,7 +192,15 @@ def test_stages_may_hold_unequal_numbers_of_experts_and_none(seeds: Path) -> Non
 
 @pytest.mark.parametrize(
     "layout",
-    ["dp=1,mb=1", "tp=2,pp=2,ep=2,dp=2", "tp=2,pp=2,schedule=dualpipev", "pp=4", "tp=2,sp=0,ep=2", "tp=2,etp=1"],
+    [
+        "dp=1,mb=1",
+        "tp=2,pp=2,ep=2,dp=2",
+        "tp=2,pp=2,schedule=dualpipev",
+        "pp=4",
+        "tp=2,sp=0,ep=2",
+        "tp=2,etp=1",
+        "cp=2,tp=2,ep=2",
+    ],
 )
 def test_bf16_layouts_agree_to_bf16(layout: str, seeds: Path) -> None:
     """bf16 products round at 2^-9; float32 masters, sums and reductions keep the rest. A token near a tie may choose
@@ -170,12 +230,16 @@ def test_bf16_layouts_agree_to_bf16(layout: str, seeds: Path) -> None:
         ("no_clipping", "dp=2,zero=0", "loads", "step 2", None, ""),
         ("no_clipping", "dp=2", "loads", "step 2", None, ""),
         ("heads_swapped", "tp=2", "loss", "step 1", None, ""),
+        ("balance_divided_by_context", "cp=2", "gradients", "", None, ""),
+        ("biases_of_the_first_heads", "cp=2", "loss", "step 1", None, ""),
+        ("blocks_of_the_first_groups", "cp=2", "loss", "step 1", None, ""),
+        ("documents_of_the_part", "cp=2", "loss", "step 1", None, ""),
     ],
 )
 def test_gate_catches(
     fault: str, layout: str, what: str, tensor: str, ratio: float | None, cause: str, seeds: Path
 ) -> None:
-    made = trial(layout)
+    made = trial(layout, *FAULTY.get(fault, ()))
     for number in (0, 1):  # the gate counts a departure only if a second seed departs too
         config = _reseeded(made.config, number)
         found = run_ranks(made.ranks, faulty_job, config, seed_checkpoint(config, seeds), STEPS, fault)

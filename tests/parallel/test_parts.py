@@ -24,14 +24,15 @@ NORMS = ("attention_norm", "ffn_norm", "query_norm", "key_norm", "norm")
 DEGREES = st.sampled_from([1, 2, 4])
 
 
-@given(DEGREES, DEGREES, DEGREES, DEGREES, st.booleans())
+@given(DEGREES, DEGREES, DEGREES, DEGREES, DEGREES, st.booleans())
 def test_expert_groups_partition_each_stage(
-    data: int, tensor: int, pipeline: int, expert: int, expert_tensor: bool
+    data: int, context: int, tensor: int, pipeline: int, expert: int, expert_tensor: bool
 ) -> None:
-    if (data if expert_tensor else data * tensor) % expert:
+    if data * context * (1 if expert_tensor else tensor) % expert:
         return
-    layout = Topology(0, data, tensor, pipeline, expert, expert_tensor)
-    for listed in (layout.expert_groups(), layout.expert_data_groups(), layout.tensor_groups()):
+    layout = Topology(0, data, tensor, pipeline, expert, expert_tensor, context=context)
+    sharing = (layout.tensor_groups(), layout.context_groups(), layout.lane_groups())
+    for listed in (layout.expert_groups(), layout.expert_data_groups(), *sharing):
         assert sorted(rank for ranks in listed for rank in ranks) == list(range(layout.world_size))
         for ranks in listed:
             assert len({layout.at(r).stage for r in ranks}) == 1
@@ -44,17 +45,24 @@ def test_expert_groups_partition_each_stage(
         assert [layout.at(r).expert_replica for r in ranks] == list(range(len(ranks)))
     for ranks in layout.tensor_groups():
         assert ranks == list(range(ranks[0], ranks[0] + tensor))
+    for ranks in layout.context_groups():
+        assert [layout.at(r).context_rank for r in ranks] == list(range(context))
+        assert len({(layout.at(r).data_rank, layout.at(r).tensor_rank) for r in ranks}) == 1
+        # Who shares sequences are neighbours.
+        assert len({r // (context * tensor) for r in ranks}) == 1
+    for ranks in layout.lane_groups():
+        assert [layout.at(r).lane for r in ranks] == list(range(data * context))
 
 
-@given(DEGREES, DEGREES, DEGREES)
-def test_ends_are_pairs_of_the_same_part(data: int, tensor: int, pipeline: int) -> None:
-    layout = Topology(0, data, tensor, pipeline)
+@given(DEGREES, DEGREES, DEGREES, DEGREES)
+def test_ends_are_pairs_of_the_same_part(data: int, context: int, tensor: int, pipeline: int) -> None:
+    layout = Topology(0, data, tensor, pipeline, context=context)
     pairs = layout.end_groups()
-    assert len(pairs) == (data * tensor if pipeline > 1 else 0)
+    assert len(pairs) == (data * context * tensor if pipeline > 1 else 0)
     for first, last in pairs:
         a, b = layout.at(first), layout.at(last)
         assert (a.stage, b.stage) == (0, pipeline - 1)
-        assert (a.data_rank, a.tensor_rank) == (b.data_rank, b.tensor_rank)
+        assert (a.lane, a.tensor_rank) == (b.lane, b.tensor_rank)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(0, 9), st.integers(1, 4), st.booleans())
@@ -79,12 +87,14 @@ def test_stages_are_the_cheapest_cuts(costs: list[int], end: int, ranks: int, v_
     assert stages.ends_apart == (ranks > 1 and not v_shaped)
 
 
-@given(DEGREES, DEGREES, DEGREES)
-def test_ranks_stand_where_deepspeed_puts_them(data: int, tensor: int, pipeline: int) -> None:
-    grid = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
-    for rank in range(data * tensor * pipeline):
-        ours, theirs = Topology(rank, data, tensor, pipeline), grid.get_coord(rank)
-        assert (ours.stage, ours.data_rank, ours.tensor_rank) == (theirs.pipe, theirs.data, theirs.model)
+@given(DEGREES, DEGREES, DEGREES, DEGREES)
+def test_ranks_stand_where_deepspeed_puts_them(data: int, context: int, tensor: int, pipeline: int) -> None:
+    """Which knows lanes only: data and context ranks are the same to it."""
+    grid = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data * context)
+    for rank in range(data * context * tensor * pipeline):
+        ours, theirs = Topology(rank, data, tensor, pipeline, context=context), grid.get_coord(rank)
+        assert (ours.stage, ours.lane, ours.tensor_rank) == (theirs.pipe, theirs.data, theirs.model)
+        assert ours.lane == ours.data_rank * context + ours.context_rank
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
@@ -107,6 +117,8 @@ LAYOUTS = [
     Topology(0, data=2, tensor=2, expert=2),
     Topology(0, data=2, tensor=2, expert=2, expert_tensor=True),
     Topology(0, data=1, tensor=2, expert=2, pipeline=2),
+    Topology(0, data=1, context=2, tensor=2, expert=4),
+    Topology(0, data=2, context=2, tensor=2, expert=2, expert_tensor=True),
 ]
 
 

@@ -45,6 +45,9 @@ def test_every_kind_of_group_of_a_layout() -> None:
         (Topology(0, 1, tensor=2), False, False, ["world, tensor"]),
         (Topology(0, 2, pipeline=3), True, False, ["world", "data", "pipeline", "pipeline", "tied embedding"]),
         (Topology(0, 2, tensor=2, expert=2, expert_tensor=True), False, True, ["world", "tensor", "data", "expert"]),
+        (Topology(0, 1, context=2), False, False, ["world, data x context", "context"]),
+        (Topology(0, 2, tensor=2, context=2), False, False, ["world", "tensor", "context", "data x context"]),
+        (Topology(0, 1, expert=2, context=2), False, True, ["world, data x context", "context, expert"]),
     ],
 )
 def test_only_kinds_that_the_layout_uses(topology: Topology, tied: bool, experts: bool, names: list[str]) -> None:

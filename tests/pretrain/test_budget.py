@@ -19,8 +19,10 @@ from configs.model import ModelConfig
 from configs.run import PRESETS, RunConfig
 from model.glam import GLaM
 from model.init import initial_value
+from model.patterns import block_layout
 from parallel.stages import cut_by_cost
 from pretrain import budget
+from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted(path.stem for path in PRESETS.glob("*.yaml") if not path.name.startswith("corpus"))
@@ -161,7 +163,7 @@ def test_flops_against_a_counter(overrides: tuple[str, ...], length: int) -> Non
 @pytest.mark.parametrize("name", RUNS)
 def test_flops_are_six_a_weight_and_attention(name: str) -> None:
     """6 for each active weight of a product, less what attention adds: the rule of thumb, met within its own terms."""
-    config = preset(name)
+    config = preset(name, "model.attention.sparse=null")  # keys grow linearly where all are seen
     counts, length = budget.parameters(config.model), config.train.sequence_length
     flops, twice = (budget.flops_per_token(config.model, s) for s in (length, 2 * length + 1))
     scores = twice - flops  # linear in the mean number of keys, which has doubled
@@ -193,6 +195,15 @@ def test_bytes_on_one_rank_follow_from_the_count(name: str) -> None:
     total, found = budget.parameters(config.model).total, budget.bytes_per_rank(config, 1)
     assert found.weights == total * (4 if config.train.precision == "float32" else 2)
     assert (found.gradients, found.optimizer) == (4 * total, 12 * total)
+
+
+def test_context_ranks_share_activations_and_optimizer_state() -> None:
+    """As data ranks share the state, and besides their part of every sequence is all that is there."""
+    longer = ("train.sequence_length=8192", "parallel.expert=16")
+    plain, cut = (preset("glam_1.7b_64e", *longer, f"parallel.context={n}") for n in (1, 4))
+    a, b, as_data = (budget.bytes_per_rank(c, ranks) for c, ranks in ((plain, 16), (cut, 64), (plain, 64)))
+    assert b.activations == pytest.approx(a.activations / 4, rel=0.01)
+    assert (b.weights, b.gradients, b.optimizer) == (as_data.weights, as_data.gradients, as_data.optimizer)
 
 
 def test_recompute_saves_activations_only() -> None:
@@ -254,3 +265,16 @@ def test_preset_head_states_its_own_plan() -> None:
         flops = budget.flops_per_token(config.model, config.train.sequence_length)
         assert f"{float(text.split(' active, ')[1].split(' FLOPs')[0]):.3g}" == f"{flops:.3g}", name
         assert f"{budget.bytes_per_rank(config, ranks).total / 2**30:.1f} GiB a rank" in text, name
+
+
+@pytest.mark.parametrize("layout", ["{kind: full}", "{kind: bigbird}", "{kind: window}", "{kind: strided, stride: 3}"])
+def test_block_sparse_attention_is_counted_by_what_it_looks_at(layout: str) -> None:
+    long = ("train.sequence_length=128", "train.batch_tokens=256")
+    model = tiny_config(f"model.attention.sparse={{block_size: 16, layout: {layout}, pattern: SF}}", *long).model
+    assert model.attention.sparse is not None
+    position = torch.arange(128)
+    visible = block_layout(model.attention.sparse, 0, range(1), 128).visible(position, position)
+    keys = float(visible.float().sum() / 128)
+    assert budget.keys_a_query(model, 128) == pytest.approx(keys)
+    full, sparse = (budget.flops_per_token(m, 128) for m in (tiny_config(*long).model, model))
+    assert full - sparse == pytest.approx(2 * 12 * 2 * 24 * (64.5 - keys), abs=1)

@@ -20,7 +20,16 @@ from configs.errors import UserError
 from data_prep.format import TokenStream
 from data_prep.tokenizer import Tokenizer
 from parallel.topology import Topology
-from pretrain.data import Cursor, HeldOut, Sampler, Source, check_vocabulary, cut_batch, unigram_nats
+from pretrain.data import (
+    Cursor,
+    HeldOut,
+    Sampler,
+    Source,
+    check_document_end,
+    check_vocabulary,
+    cut_batch,
+    unigram_nats,
+)
 
 MakeData = Callable[..., DataConfig]
 S = 64
@@ -272,6 +281,16 @@ def test_vocabulary_must_hold_the_ids() -> None:
     with pytest.raises(UserError) as met:
         check_vocabulary({"web": 513, "foreign": None}, 512)
     assert all(part in met.value.found for part in ("'web'", "513", "512")) and "513" in met.value.remedy
+
+
+def test_documents_must_end_as_the_model_is_told(make_data: MakeData) -> None:
+    ends = Sampler(make_data(json=1), S).document_ends
+    assert ends == {"json": 1}
+    check_document_end(ends | {"foreign": None}, 1)
+    check_document_end(ends, None)
+    with pytest.raises(UserError) as met:
+        check_document_end(ends, 2)
+    assert "end with token 1" in met.value.found and "document_end=2" in met.value.found
 
 
 def test_vocabulary_of_each_source_is_known(make_data: MakeData) -> None:

@@ -62,13 +62,15 @@ def test_named_documents_hold_the_tokens_that_were_fed(make_data: MakeData, corp
                 at += part.tokens
 
 
-def test_ranks_together_read_the_batch(make_data: MakeData, tmp_path: Path) -> None:
-    layout = {"data": 2, "tensor": 2, "pipeline": 2}
+@pytest.mark.parametrize("context", [None, 1, 2])
+def test_ranks_together_read_the_batch(make_data: MakeData, tmp_path: Path, context: int | None) -> None:
+    """Also in runs that recorded no context degree."""
+    layout = {"data": 2, "tensor": 2, "pipeline": 2} | ({"context": context} if context else {})
     run_steps(tmp_path, make_data(a=1, b_email=1), Cursor(), 1, 5, layout)
     whole = batch_documents(tmp_path, 4)
-    by_rank = {rank: batch_documents(tmp_path, 4, rank) for rank in range(8)}
+    by_rank = {rank: batch_documents(tmp_path, 4, rank) for rank in range(8 * (context or 1))}
     for rank, part in by_rank.items():
-        data_rank = Topology(rank, 2, 2, 2).data_rank
+        data_rank = Topology(rank, 2, 2, 2, context=context or 1).data_rank
         assert part == [one for one in whole if one.data_rank == data_rank]
     assert {one.data_rank for one in whole} == {0, 1}
 

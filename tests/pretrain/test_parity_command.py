@@ -40,10 +40,11 @@ def parity(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("layout", "told"),
     [
-        ("tp=2,pq=2", ("'pq'", "one of dp, tp, pp")),
+        ("tp=2,pq=2", ("'pq'", "one of dp, tp, cp, pp")),
         ("tp=two", ("'tp=two'", "tp=<number>")),
         ("dp=0", ("'dp=0'", "at least 1")),
         ("tp=3", ("parallel.tensor=3", "num_heads=2", "nearest that works: parallel.tensor=2")),
+        ("cp=4", ("parallel.context=4 x parallel.tensor=1", "num_heads=2", "nearest that works: parallel.context=2")),
         ("pp=5", ("parallel.pipeline=5", "model.num_layers=4", "parallel.pipeline=4")),
         ("ep=2", ("parallel.expert=2", "1 rank(s)")),
         ("ep=3,dp=3", ("parallel.expert=3", "num_experts=4")),
@@ -83,6 +84,26 @@ def test_every_preset_shrinks_to_a_run_of_its_own_kind(path: Path) -> None:
     grouped, whole_grouped = (m.attention.kv_heads < m.attention.num_heads for m in (small, whole))
     assert grouped == whole_grouped
     assert small.moe is None or whole.moe is None or small.moe.router == whole.moe.router
+
+
+SPARSE = "model.attention.sparse={layout: %s}"
+LAYOUTS = (
+    "{kind: bigbird, sinks: 2, window: 5, random: 9}",
+    "{kind: window, window: 20}",
+    "{kind: strided, stride: 9}",
+    "{kind: etc, segment_tokens: 512, window: 4, summary_tokens: 64}",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_block_sparse_attention_shrinks_with_the_sequence(layout: str) -> None:
+    overrides = (SPARSE % layout, "model.attention.document_end=31000", "parallel={data: 1, context: 8, tensor: 2}")
+    preset = RunConfig.load(ROOT / "configs" / "glam_8b_64e.yaml", overrides)
+    [trial] = make_trials(preset, [], micro_batches=1, full_size=False)
+    attention = trial.config.model.attention
+    assert (trial.layout, trial.ranks, trial.config.train.sequence_length) == ("tp=2,cp=2", 4, 128)
+    assert attention.sparse is not None and attention.sparse.layout.kind in layout
+    assert attention.document_end == trial.config.model.vocab_size - 1
 
 
 def test_a_shrunk_model_still_carries_large_layouts() -> None:
