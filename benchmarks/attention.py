@@ -241,7 +241,7 @@ def _measure_memory(
     """Bytes beyond the inputs of one step."""
     inputs, attend = _inputs(length, dtype, spec, parsed, device), candidates(length, spec, device)[name]
     if isinstance(attend, SparseAttention):
-        attend.layout(length, device)
+        attend.layout(length)
     if device.type == "cuda":
         _step(attend, inputs)()  # compiled kernels
     else:

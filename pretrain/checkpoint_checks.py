@@ -14,7 +14,10 @@ from parallel.checkpoint_manifest import Damaged, Manifest
 from pretrain.checkpoint_folders import complete_checkpoints
 
 # Settings that a new run may change when it begins from the weights of another: they name no weight and reshape none.
-_FREE_TO_CHANGE = ("model.attention.position.base", "model.moe.router.", "model.lm_z_coef")
+_FREE_TO_CHANGE = (
+    "model.attention.position.base", "model.attention.sparse", "model.attention.document_end", "model.moe.router.",
+    "model.lm_z_coef",
+)  # fmt: skip
 
 
 def read_for_model(folder: Path, model: ModelConfig, sizes: bool = True) -> Manifest:

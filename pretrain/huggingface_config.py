@@ -29,6 +29,8 @@ def departures(m: ModelConfig) -> list[str]:
     found = []
     if m.attention.position.kind != "rotary":
         found.append(f"attention.position.kind={m.attention.position.kind} (Qwen3: rotary)")
+    if m.attention.sparse is not None:
+        found.append("attention.sparse (Qwen3: every layer sees all of its past)")
     if not m.attention.qk_norm:
         found.append("attention.qk_norm=false (Qwen3: queries and keys are normalised)")
     feeds = {"moe.expert": m.moe.expert} if m.moe and m.num_moe_layers else {}

@@ -191,3 +191,21 @@ def test_skewed_input_has_the_load_asked_for(load: float) -> None:
     routing = Ours(weights).moe.router(x_TD[None])
     load_E = torch.bincount(routing.expert_TK.flatten(), minlength=16)
     assert float(load_E.max() / load_E.float().mean()) == pytest.approx(load, rel=0.05)
+
+
+def test_attention() -> None:
+    rows = by_name(run_benchmark("attention", "--no-memory"))
+    assert {"SDPA, causal", "dense mask"} < rows.keys() and len(rows) > 2
+    for name, row in rows.items():
+        assert row["ratio"] > 0 and "note" not in row
+        if name.startswith("ours"):
+            assert row["difference"] < (1e-5 if row["dtype"] == "float32" else 2e-2) and 0 < row["ideal"] < 1
+
+
+def test_attention_learning_trains_twins_that_differ_in_attention_only(corpus: Path, tmp_path: Path) -> None:
+    arguments = ("--data", str(corpus), "--runs", str(tmp_path), "--seeds", "3", "--jobs", "2", "--steps", "2")
+    rows = by_name(run_benchmark("attention_learning", *arguments))
+    assert rows["full"]["difference"] == 0 and rows["bigbird"]["difference"] != 0
+    assert rows["full"]["tokens_seen"] == rows["bigbird"]["tokens_seen"] == 2 * 512
+    again = by_name(run_benchmark("attention_learning", *arguments))
+    assert again["bigbird"]["loss"] == rows["bigbird"]["loss"] and "seconds" not in again["bigbird"]
