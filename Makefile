@@ -1,6 +1,6 @@
 # make demo   install, prepare real text, train a small sparse model on 2 ranks, stop, resume, evaluate, generate
 # make test   install, lint, type-check, run every test
-# make slurm  the tests on a real SLURM of this machine's own; as root, by apt-get. make soak: those of many minutes
+# make slurm  all tests on a real SLURM of this machine's own; as root, by apt-get. make soak: those of many minutes
 # PIP_ARGS    more for pip, e.g. an index that holds a CPU build of torch
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -40,10 +40,10 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 slurm: install
-	GLAM_TEST_SLURM_INSTALL=1 $(BIN)/python -m pytest -rs tests/slurm_cluster
+	GLAM_TEST_SLURM_INSTALL=1 $(BIN)/python -m pytest -rs tests/slurm_cluster -m "slow or not slow"
 
 soak: install
 	GLAM_TEST_SLURM_INSTALL=1 $(BIN)/python -m pytest -rs -s tests/slurm_cluster -m soak

@@ -214,9 +214,12 @@ def _measure(
     memory = {} if parsed.no_memory else _memory(list(steps), length, dtype, spec, parsed, device)
     for name in steps:
         rows[name]["milliseconds"] = times.median(name) * 1e3
-        rows[name] |= {"ratio": times.ratio(name, BASE), "spread": times.spread(name, BASE)}
+        if BASE in steps:
+            rows[name] |= {"ratio": times.ratio(name, BASE), "spread": times.spread(name, BASE)}
         if name in memory:
-            rows[name] |= {"peak_mb": report.megabytes(memory[name]), "memory_ratio": memory[name] / memory[BASE]}
+            rows[name]["peak_mb"] = report.megabytes(memory[name])
+            if BASE in memory:
+                rows[name]["memory_ratio"] = memory[name] / memory[BASE]
     return list(rows.values())
 
 
@@ -240,12 +243,12 @@ def _measure_memory(
 ) -> int:
     """Bytes beyond the inputs of one step."""
     inputs, attend = _inputs(length, dtype, spec, parsed, device), candidates(length, spec, device)[name]
-    if isinstance(attend, SparseAttention):
-        attend.layout(length)
     if device.type == "cuda":
         _step(attend, inputs)()  # compiled kernels
     else:
         _step(attend, [x[:, :, : 2 * spec.block_size].detach().requires_grad_() for x in inputs])()
+    if isinstance(attend, SparseAttention):
+        attend.layout(length)  # made once a run
     return max(1, peak_bytes(_step(attend, inputs), device))
 
 

@@ -8,6 +8,7 @@ they lie in runs/attention_learning. Needs the demo's data, and prepares it wher
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -99,16 +100,13 @@ def _prepare(data: Path) -> None:
 
 def _row(name: str, seed: int, parsed: argparse.Namespace) -> dict[str, report.Figure]:
     """One run, trained if it is not done yet, and evaluated."""
-    size = report.size_of(parsed)
-    steps, length, sequences, heldout, layers, width = SIZES[size]
+    steps, length, sequences, heldout, layers, width = SIZES[report.size_of(parsed)]
     steps, sequences = parsed.steps or steps, parsed.sequences or sequences
     data = yaml.safe_load((Path(parsed.data) / "data.yaml").read_text(encoding="utf-8"))["data"] | {"seed": seed}
     on_gpu = pick_device().type == "cuda"
     precision, micro_batch = parsed.precision or ("bf16" if on_gpu else "float32"), sequences if on_gpu else 1
-    folder = f"{name.replace(', ', '_').replace(' ', '_')}-{seed}-{size}-{steps}x{sequences}-{precision}"
-    run_dir = Path(parsed.runs).absolute() / folder
     overrides = (
-        f"run_dir={run_dir}", f"model.num_layers={layers}", f"model.width={width}",
+        f"model.num_layers={layers}", f"model.width={width}",
         "model.attention.position={kind: rotary}", *VARIANTS[name],
         *((f"model.attention.sparse.kernel={parsed.kernel}",) if VARIANTS[name] else ()),
         f"data={json.dumps(data)}", f"train.seed={seed}",
@@ -118,10 +116,12 @@ def _row(name: str, seed: int, parsed: argparse.Namespace) -> dict[str, report.F
         f"train.schedule.warmup_steps={min(40, steps // 3)}",
         f"train.precision={precision}", "train.recompute=false", "parallel.expert=1", "cluster.preflight=off",
     )  # fmt: skip
+    settings = hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
+    run_dir = Path(parsed.runs).absolute() / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}-{settings}"
     started = time.perf_counter()
     fresh = not (run_dir / "DONE").exists()
     if fresh:
-        _run("pretrain.main", "--config", "configs/demo.yaml", *overrides)
+        _run("pretrain.main", "--config", "configs/demo.yaml", f"run_dir={run_dir}", *overrides)
     seconds = time.perf_counter() - started
     found = json.loads(_run("pretrain.cli", "eval", str(run_dir), "--json").splitlines()[-1])
     quarters = found["loss_by_quarter"]

@@ -21,6 +21,15 @@ class RelativeBias(Strict):
     num_buckets: int = Field(default=32, ge=2)
     max_distance: int = Field(default=128, ge=2)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_distance <= self.num_buckets // 2:
+            raise ValueError(
+                f"max_distance={self.max_distance} must exceed num_buckets / 2 = {self.num_buckets // 2}: "
+                "half of the buckets hold one distance each"
+            )
+        return self
+
 
 class Rotary(Strict):
     """Rotary embedding of queries and keys, halves rotated (arXiv:2104.09864)."""
@@ -85,6 +94,7 @@ LayoutConfig = Annotated[
     WindowLayout | BigBirdLayout | EtcLayout | StridedLayout | FullLayout, Field(discriminator="kind")
 ]
 Kernel = Literal["auto", "dense", "gathered", "chunked", "flex"]
+FLEX_BLOCK_SIZE = 64  # FlexAttention's tiles are no smaller
 
 
 class SparseConfig(Strict):
@@ -93,13 +103,15 @@ class SparseConfig(Strict):
     pattern: str = Field(default="S", pattern="^[SF]+$")  # tiled over the layers: SSSF is full in every fourth
     block_size: Literal[16, 32, 64, 128] = 64  # tokens; 128 suits GPUs best, 16 and 32 short sequences
     layout: LayoutConfig = BigBirdLayout()
-    # auto: flex (FlexAttention) on a GPU; elsewhere gathered while its copies of keys and values are small, then
-    # chunked, which recomputes in the backward pass. dense is the slow twin: a mask of length x length.
+    # auto: flex (FlexAttention) on a GPU, from blocks of 64 on; elsewhere gathered while the probabilities it keeps for
+    # the backward pass are few, then chunked, which recomputes them. dense is the slow twin: a mask of length x length.
     kernel: Kernel = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         spec, block = self.layout, self.block_size
+        if self.kernel == "flex" and block < FLEX_BLOCK_SIZE:
+            raise ValueError(f"kernel=flex wants blocks of {FLEX_BLOCK_SIZE} tokens at least, block_size={block}")
         if spec.kind == "etc":
             if spec.segment_tokens % block:
                 raise ValueError(f"segment_tokens={spec.segment_tokens} is no multiple of block_size={block}")

@@ -40,6 +40,12 @@ class DiskRefused(UserError):
     cause = "disk"
 
 
+class RanksNotMet(UserError):
+    """Ranks that were started never found one another: another start, on other nodes perhaps, may."""
+
+    cause = "node"
+
+
 class TrainingDiverged(UserError):
     """Losses or gradients that no skipped batch mends."""
 

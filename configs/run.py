@@ -67,6 +67,10 @@ def sparse_blocks_fit_sequence(c: RunConfig) -> str | None:
     length, layout = c.train.sequence_length, sparse.layout
     num_blocks = length // sparse.block_size
     there = f"train.sequence_length={length} has {num_blocks} whole blocks of {sparse.block_size}"
+    if not any(sparse.is_sparse(layer) for layer in range(c.model.num_layers)):
+        return (
+            f"model.attention.sparse.pattern={sparse.pattern} marks none of model.num_layers={c.model.num_layers} as S"
+        )
     if num_blocks < 2:
         return f"model.attention.sparse.block_size={sparse.block_size} is too large: {there}, two at least are wanted"
     if layout.kind == "bigbird" and (asked := layout.sinks + layout.window + layout.random) > num_blocks:
@@ -74,12 +78,19 @@ def sparse_blocks_fit_sequence(c: RunConfig) -> str | None:
             f"model.attention.sparse.layout: sinks + window + random = {asked} blocks, {there}: more than its past; "
             "take fewer or smaller blocks, or longer sequences"
         )
-    if layout.kind == "etc" and layout.segment_tokens >= length:
+    beyond = num_blocks - layout.window  # blocks of the past that the last row's window does not hold
+    if layout.kind == "etc" and layout.sinks > beyond:
+        return f"model.attention.sparse.layout: sinks + window = {layout.sinks + layout.window} blocks, {there}"
+    if layout.kind == "etc" and layout.segment_tokens > beyond * sparse.block_size:
         return (
-            f"model.attention.sparse.layout.segment_tokens={layout.segment_tokens}: no second segment within {length}"
+            f"model.attention.sparse.layout.segment_tokens={layout.segment_tokens}: no summary is older than a "
+            f"window of {layout.window} blocks; {there}"
         )
-    if layout.kind == "strided" and layout.stride >= num_blocks:
-        return f"model.attention.sparse.layout.stride={layout.stride} blocks: {there}, none is ever seen through it"
+    if layout.kind == "strided" and layout.stride > beyond:
+        return (
+            f"model.attention.sparse.layout.stride={layout.stride} blocks: none is older than a window of "
+            f"{layout.window}; {there}"
+        )
     return None
 
 

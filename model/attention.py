@@ -17,7 +17,7 @@ from configs.model import ModelConfig
 from model.kv_cache import BlockCache, KeyValueCache
 from model.norm import RMSNorm
 from model.position import RelativePositionBias, rotate
-from model.sparse_attention import FULL, SparseAttention, attend_where
+from model.sparse_attention import SparseAttention, attend_where, layer_blocks
 
 
 class HeadExchange(Protocol):
@@ -59,16 +59,8 @@ class Attention(nn.Module):
         self.bias = (
             RelativePositionBias(spec.num_heads, spec.position) if isinstance(spec.position, RelativeBias) else None
         )
-        self.blocks: SparseAttention | None = None
-        if spec.sparse and spec.sparse.is_sparse(layer):
-            self.blocks = SparseAttention(spec.sparse, layer, spec.kv_heads)
-        elif spec.document_end is not None:
-            full = (
-                FULL.model_copy(update={"kernel": spec.sparse.kernel, "block_size": spec.sparse.block_size})
-                if spec.sparse
-                else FULL
-            )
-            self.blocks = SparseAttention(full, layer, spec.kv_heads)
+        blocks = layer_blocks(spec, layer)
+        self.blocks = None if blocks is None else SparseAttention(blocks, layer, spec.kv_heads)
         self.exchange: HeadExchange = WholeSequences()
 
     def new_cache(self, length: int) -> KeyValueCache:
@@ -125,16 +117,14 @@ class Attention(nn.Module):
         """Block-sparse attention from the newest positions to what the cache holds."""
         assert self.blocks is not None
         is_prompt = cache.length == 0
-        query_S, first_BS = cache.append(k, v, start_BS)
+        query_S = cache.append(k, v)
         if is_prompt and q.shape[2] > 1:
             y_BHSN = self.blocks(q, k, v, self.bias, start_BS, once=True)
         else:
             keys, values, position_BGT = cache.keys, cache.values, cache.position_BGT
             assert keys is not None and values is not None and position_BGT is not None
             share = q.shape[1] // keys.shape[1]
-            visible = cache.layout.visible(
-                query_S, position_BGT, start_BS, first_BS
-            )  # G in full: the keys' positions are
+            visible = cache.layout.visible(query_S, position_BGT, start_BS).expand(-1, keys.shape[1], -1, -1)
             key_BHT = position_BGT.repeat_interleave(share, 1)
             y_BHSN = attend_where(q, keys, values, visible.repeat_interleave(share, 1), self.bias, query_S, key_BHT)
         cache.forget(None if start_BS is None else start_BS[:, -1])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.block_layout import BlockLayout
@@ -30,19 +31,16 @@ class Chunk:
 
     Attributes:
         row_C: int64 row blocks.
-        block_CK: int64 key blocks; 0 where a row has fewer than K.
+        block_CK: int64 key blocks; NONE where a row has fewer than K.
         distance_CK: int64 row block less key block; more than any for summaries and where a row has fewer.
-        plain: each row has K blocks, and causality within the last of them is all that hides a key.
-        positions: what else decides, see `_visible`; None where plain.
+        start_Cb: int64 position at which the document of each query starts; None where each row has K blocks and
+            causality within the last of them is all that hides a key.
     """
 
     row_C: Tensor
     block_CK: Tensor
     distance_CK: Tensor
-    plain: bool
-    query_from_Cb: Tensor | None = None  # int64 first position each query may see
-    key_CT: Tensor | None = None  # int64 position of each gathered key; beyond the last where a row has fewer
-    key_before_CT: Tensor | None = None  # int64 summaries count before this position only
+    start_Cb: Tensor | None
 
     def to(self, device: torch.device | str) -> Chunk:
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
@@ -51,10 +49,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel does for one layout, length and set of documents."""
+    """What the kernel does for one layout, length and set of documents. Small: passes that are to be recomputed hold it
+    all the same."""
 
-    layout: BlockLayout
-    summary: Tensor  # int64 positions of summary tokens, padded to whole blocks
+    block_size: int
+    num_rows: int
+    summary_T: Tensor  # int64 positions of the tokens in summary blocks
+    key_Eb: Tensor  # int64 position of each key of each block, summaries behind the sequence; the last: of none
+    local_R: Tensor  # int64 first position of each row's window: summaries count before it only
     chunks: dict[tuple[int, int], tuple[Chunk, ...]]  # (sequence, group of heads) -> all of its rows
 
 
@@ -70,52 +72,45 @@ def plan(
     """
     b, rows = layout.block_size, layout.num_rows
     chunks: dict[tuple[int, int], tuple[Chunk, ...]] = {}
-    listed_BGRK = layout.listed(None if start_BS is None else start_BS.cpu())
+    start_BS = None if start_BS is None else start_BS.cpu()
+    listed_BGRK = layout.listed(start_BS)
+    start_BRb = torch.zeros(1, rows, b, dtype=torch.int64) if start_BS is None else layout.padded_starts(start_BS)
     for sequence in range(batch):
         if start_BS is None and sequence:
             chunks |= {(sequence, group): chunks[0, group] for group in range(groups)}
             continue
-        listed_GRK, start_S = listed_BGRK[sequence % len(listed_BGRK)], torch.zeros(rows * b, dtype=torch.int64)
-        if start_BS is not None:
-            start_S = F.pad(start_BS[sequence].cpu(), (0, len(start_S) - start_BS.shape[1]), value=start_BS.shape[1])
+        listed_GRK = listed_BGRK[sequence % len(listed_BGRK)]
         for group in range(len(listed_GRK)):
-            cut = _cut(layout, listed_GRK[group], start_S.view(rows, b))
+            cut = _cut(listed_GRK[group], start_BRb[sequence], rows)
             chunks[sequence, group] = tuple(chunk.to(device) for chunk in cut)
         chunks |= {(sequence, group): chunks[sequence, 0] for group in range(len(listed_GRK), groups)}
-    padding = layout.num_summary_blocks * b - len(layout.summary_T)
-    return Plan(layout, F.pad(layout.summary_T, (0, padding)).to(device), chunks)  # what fills up is masked
+    summary_T, seen_as_T = layout.summaries()
+    key_Eb = torch.cat((torch.arange(rows * b), seen_as_T, torch.full((b,), rows * b))).view(-1, b)
+    return Plan(b, rows, summary_T.to(device), key_Eb.to(device), (layout.local_R * b).to(device), chunks)
 
 
-def _cut(layout: BlockLayout, listed_RK: Tensor, start_Rb: Tensor) -> Iterator[Chunk]:
+def _cut(listed_RK: Tensor, start_Rb: Tensor, num_rows: int) -> Iterator[Chunk]:
     """Chunks of one group of heads of one sequence, rows with most blocks first."""
-    b, rows = layout.block_size, layout.num_rows
-    key_Eb = torch.cat(
-        (torch.arange(rows * b), F.pad(layout.summary_T, (0, -len(layout.summary_T) % b), value=rows * b))
-    )
-    key_Eb = torch.cat((key_Eb, torch.full((b,), rows * b))).view(-1, b)  # the last stands for "none"
-    count_R = (listed_RK >= 0).sum(1)
-    plain_R = (listed_RK < rows).all(1) & (start_Rb[:, -1] <= listed_RK[:, 0] * b)
+    b, count_R = start_Rb.shape[1], (listed_RK >= 0).sum(1)
+    plain_R = (listed_RK < num_rows).all(1) & (start_Rb[:, -1] <= listed_RK[:, 0] * b)
     for row_C in (count_R * 2 + plain_R).argsort(descending=True, stable=True).split(CHUNK_ROWS):
         block_CK = listed_RK[row_C, : int(count_R[row_C].max())]
         there = block_CK >= 0
-        is_block = there & (block_CK < rows)
-        distance = (row_C[:, None] - block_CK).where(is_block, rows)
-        if plain_R[row_C].all() and there.all():
-            yield Chunk(row_C, block_CK, distance, True)
-            continue
-        local = (layout.local_R[row_C] * b)[:, None].where(block_CK >= rows, rows * b)
-        yield Chunk(
-            row_C, block_CK.clamp(min=0), distance, False, start_Rb[row_C], key_Eb[block_CK].flatten(1),
-            local.repeat_interleave(b, 1),
-        )  # fmt: skip
+        distance_CK = (row_C[:, None] - block_CK).where(there & (block_CK < num_rows), num_rows)
+        plain = bool(plain_R[row_C].all() and there.all())
+        yield Chunk(row_C, block_CK, distance_CK, None if plain else start_Rb[row_C])
 
 
-def _hidden(chunk: Chunk, block_size: int) -> Tensor:
+def _hidden(chunk: Chunk, made: Plan) -> Tensor:
     """bool [C, b, K*b]: the complement of `BlockLayout.visible` for the gathered keys."""
-    assert chunk.query_from_Cb is not None and chunk.key_CT is not None and chunk.key_before_CT is not None
-    query = chunk.row_C[:, None] * block_size + torch.arange(block_size, device=chunk.row_C.device)
-    key = chunk.key_CT.where(chunk.key_CT < chunk.key_before_CT, torch.iinfo(torch.int64).max)[:, None]
-    return (key > query[:, :, None]) | (key < chunk.query_from_Cb[:, :, None])
+    assert chunk.start_Cb is not None
+    b, beyond = made.block_size, made.num_rows * made.block_size
+    query_Cb = chunk.row_C[:, None] * b + torch.arange(b, device=chunk.row_C.device)
+    key_CKb = made.key_Eb[chunk.block_CK]
+    is_summary = (chunk.block_CK >= made.num_rows)[..., None]
+    too_new = is_summary & (key_CKb >= made.local_R[chunk.row_C][:, None, None])
+    key = key_CKb.masked_fill(too_new, beyond).flatten(1)[:, None]
+    return (key > query_Cb[:, :, None]) | (key < chunk.start_Cb[:, :, None])
 
 
 def attend(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, tiles: Tensor | None, made: Plan, keep: bool) -> Tensor:
@@ -147,6 +142,7 @@ class _BlockAttention(Function):
         return work.to_heads(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BHSN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, tiles, *kept = ctx.saved_tensors
         work = _Work(ctx.made, q, k, v, tiles)
@@ -164,8 +160,7 @@ class _Work:
     """Inputs laid out for gathering: queries [B, G, R, g*b, N], keys and values [B, G, E, b*N]."""
 
     def __init__(self, made: Plan, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, tiles: Tensor | None) -> None:
-        self.layout, self.dtype, self.plan = made.layout, q_BHSN.dtype, made
-        b = made.layout.block_size
+        self.plan, self.dtype, b = made, q_BHSN.dtype, made.block_size
         self.causal = torch.full((b, b), float("-inf"), dtype=self.dtype, device=q_BHSN.device).triu(1)
         self.batch, self.groups, self.length, self.width = k_BGSN.shape
         self.share = q_BHSN.shape[1] // self.groups
@@ -176,31 +171,31 @@ class _Work:
         self.tiles = None if tiles is None else self._tiles_by_group(tiles)
 
     def _tiles_by_group(self, tiles: Tensor) -> Tensor:
-        b = self.layout.block_size
+        b = self.plan.block_size
         by_group = tiles.unflatten(0, (self.groups, self.share)).to(self.dtype)
         return by_group.transpose(1, 2).reshape(self.groups, -1, self.share * b, b)
 
     @property
     def padding(self) -> int:
-        return self.layout.num_rows * self.layout.block_size - self.length
+        return self.plan.num_rows * self.plan.block_size - self.length
 
     def to_rows(self, x_BHSN: Tensor) -> Tensor:
         """[B, H, S, N] -> [B, G, R, g*b, N]."""
         x = F.pad(x_BHSN, (0, 0, 0, self.padding)) if self.padding else x_BHSN
-        x = x.reshape(self.batch, self.groups, self.share, self.layout.num_rows, -1, self.width)
-        return x.transpose(2, 3).reshape(self.batch, self.groups, self.layout.num_rows, -1, self.width)
+        x = x.reshape(self.batch, self.groups, self.share, self.plan.num_rows, -1, self.width)
+        return x.transpose(2, 3).reshape(self.batch, self.groups, self.plan.num_rows, -1, self.width)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """The reverse of `to_rows`."""
-        x = x.unflatten(3, (self.share, self.layout.block_size)).transpose(2, 3)
+        x = x.unflatten(3, (self.share, self.plan.block_size)).transpose(2, 3)
         return x.reshape(self.batch, self.groups * self.share, -1, self.width)[:, :, : self.length]
 
     def to_blocks(self, x_BGSN: Tensor) -> Tensor:
         """[B, G, S, N] -> [B, G, E, b*N], with the summary blocks behind those of the sequence."""
         x = F.pad(x_BGSN, (0, 0, 0, self.padding)) if self.padding else x_BGSN
-        if self.layout.has_summaries:
-            x = torch.cat((x, x[:, :, self.plan.summary]), dim=2)
-        return x.reshape(self.batch, self.groups, -1, self.layout.block_size * self.width)
+        if len(self.plan.summary_T):
+            x = torch.cat((x, x[:, :, self.plan.summary_T]), dim=2)
+        return x.reshape(self.batch, self.groups, -1, self.plan.block_size * self.width)
 
     def chunks(self) -> Iterator[tuple[tuple[int, int], Chunk]]:
         """((sequence, group), chunk), all chunks of a group one after the other."""
@@ -215,21 +210,21 @@ class _Work:
     def gather(self, blocks: Tensor, at: tuple[int, int], chunk: Chunk) -> Tensor:
         """[C, K*b, N]."""
         count, width = chunk.block_CK.shape
-        found = blocks[at].index_select(0, chunk.block_CK.flatten())
-        return found.view(count, width * self.layout.block_size, self.width)
+        found = blocks[at].index_select(0, chunk.block_CK.clamp(min=0).flatten())
+        return found.view(count, width * self.plan.block_size, self.width)
 
     def probabilities(
         self, at: tuple[int, int], chunk: Chunk, key: Tensor | None = None, query: Tensor | None = None
     ) -> Tensor:
         """[C, g*b, K*b]."""
         key = self.gather(self.k, at, chunk) if key is None else key
-        b = self.layout.block_size
+        b = self.plan.block_size
         score = torch.bmm(self.queries(at, chunk) if query is None else query, key.mT)
         by_head = score.unflatten(1, (self.share, b))
-        if chunk.plain:
+        if chunk.start_Cb is None:
             by_head[..., -b:] += self.causal
         else:
-            by_head.masked_fill_(_hidden(chunk, b)[:, None], float("-inf"))
+            by_head.masked_fill_(_hidden(chunk, self.plan)[:, None], float("-inf"))
         if self.tiles is not None:
             tile = self.tiles[at[1]][chunk.distance_CK.clamp(max=self.tiles.shape[1] - 1)]
             score.unflatten(2, (-1, b)).add_(tile.transpose(1, 2))
@@ -245,7 +240,7 @@ class _Gradients:
         wide = torch.float64 if work.dtype == torch.float64 else torch.float32
         self.k_sum, self.v_sum = (torch.empty(work.k.shape[2:], dtype=wide, device=work.k.device) for _ in range(2))
         self.buffer = self.k_sum.new_empty(0)
-        self.tiles_shape = None if tiles is None else tiles.shape
+        self.wanted_tiles = tiles
         self.tiles = None if work.tiles is None else torch.zeros_like(work.tiles, dtype=wide)
         self.at: tuple[int, int] | None = None
 
@@ -260,11 +255,11 @@ class _Gradients:
         grad_p = torch.bmm(grad, value.mT)
         grad_score = torch._softmax_backward_data(grad_p, p, -1, work.dtype)
         self.q[at][chunk.row_C] = torch.bmm(grad_score, key).mul_(work.scale)
-        blocks = chunk.block_CK.flatten()
+        blocks = chunk.block_CK.clamp(min=0).flatten()
         self._scatter(self.k_sum, blocks, torch.bmm(grad_score.mT, query))
         self._scatter(self.v_sum, blocks, torch.bmm(p.mT, grad))
         if self.tiles is not None:
-            b, last = work.layout.block_size, self.tiles.shape[1] - 1
+            b, last = work.plan.block_size, self.tiles.shape[1] - 1
             by_block = grad_score.unflatten(2, (-1, b)).transpose(1, 2).flatten(0, 1)
             self.tiles[at[1]].index_add_(0, chunk.distance_CK.clamp(max=last).flatten(), by_block.to(self.tiles.dtype))
 
@@ -284,16 +279,21 @@ class _Gradients:
         self._store()
         work = self.work
         tiles = None
-        if self.tiles is not None and self.tiles_shape is not None:
-            b = work.layout.block_size
-            tiles = self.tiles.unflatten(2, (work.share, b)).transpose(1, 2).reshape(self.tiles_shape).to(work.dtype)
+        if self.tiles is not None and self.wanted_tiles is not None:
+            b = work.plan.block_size
+            tiles = (
+                self.tiles.unflatten(2, (work.share, b))
+                .transpose(1, 2)
+                .reshape(self.wanted_tiles.shape)
+                .to(self.wanted_tiles)
+            )
         return work.to_heads(self.q), self._to_keys(self.k), self._to_keys(self.v), tiles
 
     def _to_keys(self, x: Tensor) -> Tensor:
         """[B, G, E, b*N] -> [B, G, S, N]; what summaries received goes to their tokens."""
         work = self.work
         x = x.view(work.batch, work.groups, -1, work.width)
-        ordinary = work.layout.num_rows * work.layout.block_size
-        if work.layout.has_summaries:
-            x[:, :, :ordinary].index_add_(2, work.plan.summary, x[:, :, ordinary:])
+        ordinary = work.plan.num_rows * work.plan.block_size
+        if len(work.plan.summary_T):
+            x[:, :, :ordinary].index_add_(2, work.plan.summary_T, x[:, :, ordinary:])
         return x[:, :, : work.length]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NONE = -1
 
@@ -50,40 +51,27 @@ class BlockLayout:
         seen.scatter_(2, self.blocks_GRK.where(ordinary, rows), True)
         return seen[..., :rows]
 
-    def visible(
-        self, query_S: Tensor, key_T: Tensor, start_BS: Tensor | None = None, first_BS: Tensor | None = None
-    ) -> Tensor:
+    def visible(self, query_S: Tensor, key_T: Tensor, start_BS: Tensor | None = None) -> Tensor:
         """The definition: bool [B or 1, G or 1, S, T], whether the query at a position may look at the key at another.
 
         Args:
             query_S, key_T: int64 positions; keys may also be [B or 1, G, T].
-            start_BS: position at which the document of each query starts. A row block follows the layout of a sequence
-                that starts with the block in which the document of its first token does. (With summaries it stays
-                that of the whole sequence: segments do not follow documents.)
-            first_BS: number of that block, for each query; needed where a row's first token is none of the queries.
+            start_BS: position at which the document of each query starts. Its rows follow the layout of a sequence that
+                starts with the block in which the document does. (With summaries they stay those of the whole sequence:
+                segments do not follow documents.)
         """
-        b, row_BS = self.block_size, (query_S // self.block_size)[None]
-        if first_BS is None:
-            first_BS = self.first_blocks(query_S, start_BS)
-        seen = self.seen_GRR()
-        group = torch.arange(seen.shape[0], device=key_T.device)[None, :, None, None]
+        b = self.block_size
+        start = torch.zeros_like(query_S)[None] if start_BS is None else start_BS
+        first = torch.zeros_like(start) if self.has_summaries else start // b
+        row = (query_S // b - first)[:, None, :, None]
+        group = torch.arange(self.blocks_GRK.shape[0], device=key_T.device)[None, :, None, None]
         key = key_T[None, None, None] if key_T.ndim == 1 else key_T[:, :, None]
-        block = key // b - first_BS[:, None, :, None]  # counted from the document's first block
-        row = (row_BS - first_BS)[:, None, :, None]
-        visible = seen[group, row, block.clamp(0, self.num_rows - 1)] & (block >= 0) & (block <= row)
+        block = key // b - first[:, None, :, None]  # counted from the document's first block
+        visible = self.seen_GRR()[group, row, block.clamp(0, self.num_rows - 1)] & (block >= 0) & (block <= row)
         if self.has_summaries:
-            older = key < self.local_R[row_BS][:, None, :, None] * b
+            older = key < self.local_R[query_S // b][:, None] * b
             visible = visible | (torch.isin(key, self.summary_T) & older)
-        visible = visible & (key <= query_S[:, None])
-        return visible if start_BS is None else visible & (key >= start_BS[:, None, :, None])
-
-    def first_blocks(self, query_S: Tensor, start_BS: Tensor | None) -> Tensor:
-        """int64 [B or 1, S]: the block in which the document of the first token of each query's row block starts. Each
-        row's first token must be among the queries."""
-        if start_BS is None or self.has_summaries:
-            return torch.zeros_like(query_S)[None]
-        first_query = torch.searchsorted(query_S, query_S // self.block_size * self.block_size)
-        return start_BS[:, first_query] // self.block_size
+        return visible & (key <= query_S[:, None]) & (key >= start[:, None, :, None])
 
     def listed(self, start_BS: Tensor | None) -> Tensor:
         """Key blocks [B or 1, G or 1, R, K] of each row where documents start at `start_BS`, in the terms of
@@ -94,10 +82,27 @@ class BlockLayout:
         own_GBRK = self.blocks_GRK[:, torch.arange(self.num_rows, device=first_BR.device) - first_BR]
         return torch.where(own_GBRK >= 0, own_GBRK + first_BR[..., None], own_GBRK).transpose(0, 1)
 
+    def padded_starts(self, start_BS: Tensor) -> Tensor:
+        """[B, S] -> [B, R, b]: what fills up the last row is a document of its own."""
+        length = start_BS.shape[1]
+        return F.pad(start_BS, (0, self.num_rows * self.block_size - length), value=length).unflatten(
+            1, (self.num_rows, -1)
+        )
+
+    def summaries(self) -> tuple[Tensor, Tensor]:
+        """int64 [E x b] positions of the tokens in the summary blocks, twice: what fills up the last block as 0, to be
+        gathered, and as a position beyond the sequence, which nobody sees."""
+        fill, beyond = -len(self.summary_T) % self.block_size, self.num_rows * self.block_size
+        return F.pad(self.summary_T, (0, fill)), F.pad(self.summary_T, (0, fill), value=beyond)
+
     def last_row_that_sees(self) -> Tensor:
         """int64 [G, R]: the last row that looks at each block; -1 where none does (a cache may forget it)."""
-        rows = torch.arange(self.num_rows, device=self.blocks_GRK.device)
-        return torch.where(self.seen_GRR(), rows[:, None], NONE).amax(1)
+        groups, rows, _ = self.blocks_GRK.shape
+        row_GRK = torch.arange(rows, device=self.blocks_GRK.device)[:, None].expand_as(self.blocks_GRK)
+        ordinary = (self.blocks_GRK >= 0) & (self.blocks_GRK < rows)
+        last = self.blocks_GRK.new_full((groups, rows + 1), NONE)
+        block = self.blocks_GRK.where(ordinary, rows)
+        return last.scatter_reduce_(1, block.flatten(1), row_GRK.flatten(1), "amax")[:, :rows]
 
     def to(self, device: torch.device | str) -> BlockLayout:
         return BlockLayout(

@@ -24,6 +24,7 @@ from model.position import RelativePositionBias
 
 ROWS_A_COPY = 64  # row blocks that share one copy of a block that most rows look at
 LARGEST_TILE = 128
+VARIANTS = 64  # of the compiled kernel
 MOST_COPIED = 4  # such blocks at most: columns, too, are seen by many, but there are many of them
 
 
@@ -41,7 +42,11 @@ class FlexPlan:
 def _compiled(autotune: bool) -> Callable[..., Tensor]:
     # Tiles of FlexAttention's own choice may be larger than the layout's blocks, which it refuses; autotuning tries
     # smaller ones, for a minute once.
-    return torch.compile(flex_attention, dynamic=False, options={"max_autotune": True} if autotune else None)
+    # Every length, kind of layout, and use with or without gradients is a variant of its own; past the limit torch
+    # would quietly compute all scores instead (`fullgraph` makes it say so).
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    options: dict[str, Any] | None = {"max_autotune": True} if autotune else None
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, options=options)
 
 
 def flex_attend(
@@ -93,7 +98,7 @@ def _score_mod(bias: RelativePositionBias, key_position_T: Tensor) -> Callable[.
     return score_mod
 
 
-def flex_plan(layout: BlockLayout, heads: int, length: int, start_BS: Tensor | None) -> FlexPlan:
+def flex_plan(layout: BlockLayout, heads: int, start_BS: Tensor | None) -> FlexPlan:
     """Block mask and appended keys.
 
     Args:
@@ -101,28 +106,27 @@ def flex_plan(layout: BlockLayout, heads: int, length: int, start_BS: Tensor | N
     """
     b, rows, device = layout.block_size, layout.num_rows, layout.blocks_GRK.device
     blocks_BGRK = layout.listed(start_BS)
-    blocks_BGRK, copied = _spread_common_blocks(layout, blocks_BGRK)
-    summary = F.pad(layout.summary_T, (0, -len(layout.summary_T) % b))
-    inside = torch.arange(b, device=device)
-    extra = torch.cat((summary, (copied[:, None] * b + inside).flatten()))
-    beyond = F.pad(layout.summary_T, (0, -len(layout.summary_T) % b), value=rows * b)
-    key_position_T = torch.cat(
-        (torch.arange(rows * b, device=device), beyond, (copied[:, None] * b + inside).flatten())
-    )
+    copied = blocks_BGRK.new_empty(0)
+    if start_BS is None:  # else sinks are many, a document's each; and the kernel's shapes would follow the documents
+        blocks_BGRK, copied = _spread_common_blocks(layout, blocks_BGRK)
+    copied_T = (copied[:, None] * b + torch.arange(b, device=device)).flatten()
+    summary_T, seen_as_T = layout.summaries()
+    extra = torch.cat((summary_T, copied_T))
+    key_position_T = torch.cat((torch.arange(rows * b, device=device), seen_as_T, copied_T))
     num_blocks = len(key_position_T) // b
     row_R1 = torch.arange(rows, device=device)[:, None]
     there = blocks_BGRK >= 0
     is_summary = (blocks_BGRK >= rows) & (blocks_BGRK < rows + layout.num_summary_blocks)
     needs_mask = (blocks_BGRK == row_R1) | is_summary
     if start_BS is not None:
-        start_BR = F.pad(start_BS, (0, rows * b - length), value=length)[:, b - 1 :: b]  # of each row's last query
+        start_BR = layout.padded_starts(start_BS)[:, :, -1]  # of each row's last query
         first_key = key_position_T[blocks_BGRK.clamp(min=0) * b]
         needs_mask = needs_mask | (first_key < start_BR[:, None, :, None])
     share = heads // blocks_BGRK.shape[1] if blocks_BGRK.shape[1] > 1 else 1
     partial = _lists(blocks_BGRK, there & needs_mask, num_blocks, share)
     full = _lists(blocks_BGRK, there & ~needs_mask, num_blocks, share)
     mask = BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=b, mask_mod=_mask_mod(layout, key_position_T, start_BS, length),
+        *partial, *full, BLOCK_SIZE=b, mask_mod=_mask_mod(layout, key_position_T, start_BS),
         seq_lengths=(rows * b, len(key_position_T)),
     )  # fmt: skip
     return FlexPlan(mask, extra, key_position_T, safe=start_BS is None and not layout.has_summaries)
@@ -133,7 +137,8 @@ def _spread_common_blocks(layout: BlockLayout, blocks_BGRK: Tensor) -> tuple[Ten
     order of copies (which are numbered behind the summaries)."""
     rows, device = layout.num_rows, blocks_BGRK.device
     seen = torch.bincount(blocks_BGRK[(blocks_BGRK >= 0) & (blocks_BGRK < rows)], minlength=rows)
-    most = seen.topk(min(MOST_COPIED, rows)).indices
+    # Not topk: within a recomputed block the router's top-k must be the only one (`model.block`).
+    most = seen.argsort(descending=True, stable=True)[:MOST_COPIED]
     common = most[seen[most] > blocks_BGRK.shape[:3].numel() / 2]
     number_R = torch.full(
         (rows + layout.num_summary_blocks + 1,), -1, device=device
@@ -157,12 +162,12 @@ def _lists(blocks_BGRK: Tensor, wanted: Tensor, num_blocks: int, share: int) -> 
     return count.repeat_interleave(share, 1).int(), chosen.repeat_interleave(share, 1).int().contiguous()
 
 
-def _mask_mod(layout: BlockLayout, key_position_T: Tensor, start_BS: Tensor | None, length: int) -> Any:
+def _mask_mod(layout: BlockLayout, key_position_T: Tensor, start_BS: Tensor | None) -> Any:
     """What hides a key inside a block: causality, the window before which summaries count, and documents."""
     b, rows = layout.block_size, layout.num_rows
     ordinary, summaries_end = rows * b, rows * b + layout.num_summary_blocks * b
     local_R, has_summaries = layout.local_R, layout.has_summaries
-    start = None if start_BS is None else F.pad(start_BS, (0, ordinary - length), value=length)
+    start = None if start_BS is None else layout.padded_starts(start_BS).flatten(1)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         position = key_position_T[key]

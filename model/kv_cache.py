@@ -39,14 +39,14 @@ class BlockCache(KeyValueCache):
     have drawn, up to the length the layout was made for.
 
     Attributes:
-        position_BGT: int64 position of each key held; beyond every query where a group holds fewer than others.
+        position_BGT: int64 position of each key held. A group that needs fewer than others holds some that
+            `BlockLayout.visible` hides from every row to come.
     """
 
     def __init__(self, layout: BlockLayout) -> None:
         super().__init__()
         self.layout = layout
         self._last_row = layout.last_row_that_sees()
-        self._row_first_B: Tensor | None = None  # of the row that is not full yet: see `BlockLayout.visible`
         self.position_BGT: Tensor | None = None
 
     @property
@@ -54,9 +54,8 @@ class BlockCache(KeyValueCache):
         """Positions it was made for."""
         return self.layout.num_rows * self.layout.block_size
 
-    def append(self, keys: Tensor, values: Tensor, start_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add the newest positions, forget nothing yet; returns their positions and the first block of each query's
-        document (both for `BlockLayout.visible`).
+    def append(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Add the newest positions, forget nothing yet; returns their positions, int64 [S].
 
         Raises:
             ValueError: more positions than the layout was made for.
@@ -68,17 +67,7 @@ class BlockCache(KeyValueCache):
         new = query_S.expand(batch, groups, -1)
         self.position_BGT = new if self.position_BGT is None else torch.cat((self.position_BGT, new), dim=2)
         self.extend(keys, values)
-        return query_S, self._first_blocks(query_S, start_BS)
-
-    def _first_blocks(self, query_S: Tensor, start_BS: Tensor | None) -> Tensor:
-        if start_BS is None or self.layout.has_summaries:
-            return torch.zeros_like(query_S)[None]
-        b = self.layout.block_size
-        row_start = query_S // b * b - query_S[0]  # place of the row's first token among the new ones
-        here = start_BS[:, row_start.clamp(min=0)] // b
-        first_BS = here if self._row_first_B is None else torch.where(row_start < 0, self._row_first_B[:, None], here)
-        self._row_first_B = first_BS[:, -1]
-        return first_BS
+        return query_S
 
     def forget(self, start_B: Tensor | None) -> None:
         """Drop what no later row looks at; to be called after the newest positions have been attended from.
@@ -88,7 +77,7 @@ class BlockCache(KeyValueCache):
         """
         assert self.position_BGT is not None and self.keys is not None and self.values is not None
         b = self.layout.block_size
-        if self.length % b and self.length // b == (self.length - 1) // b:
+        if self.length % b:
             return  # within a row: it still needs what it had
         row, position = self.length // b, self.position_BGT
         first_B11 = torch.zeros_like(position[:, :1, :1])
@@ -97,14 +86,13 @@ class BlockCache(KeyValueCache):
         block = position // b - first_B11
         group = torch.arange(self._last_row.shape[0], device=position.device)[None, :, None]
         last = self._last_row[group, block.clamp(0, self.layout.num_rows - 1)] + first_B11
-        wanted = (block >= 0) & (last >= row) & (position < self.length)
+        wanted = (block >= 0) & (last >= row)
         if self.layout.has_summaries and row < self.layout.num_rows:
             wanted = wanted | torch.isin(position, self.layout.summary_T)
-        # Groups may want different numbers of positions: as many as the one that wants most, the rest out of sight.
+        # Groups may want different numbers of positions: all keep as many as the one that wants most.
         order = wanted.to(torch.int8).argsort(dim=2, descending=True, stable=True)[..., : int(wanted.sum(2).max())]
-        beyond = torch.iinfo(torch.int64).max // 2
-        self.position_BGT = position.where(wanted, beyond).gather(2, order)
         index = order[..., None].expand(-1, -1, -1, self.keys.shape[3])
+        self.position_BGT = position.gather(2, order)
         self.keys, self.values = self.keys.gather(2, index), self.values.gather(2, index)
 
 

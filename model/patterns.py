@@ -145,7 +145,7 @@ def _past_random(spec: BigBirdLayout, rows: _Rows, local_R: Tensor) -> Tensor:
 
 def _hash(seed: int, rows: _Rows, draw: int) -> Tensor:
     """Non-negative int64 [G, R], well mixed (splitmix64; Steele et al., OOPSLA 2014)."""
-    mixed = torch.full((len(rows.group_G), len(rows.row_R)), seed, dtype=torch.int64)
+    mixed = _mix(torch.full((len(rows.group_G), len(rows.row_R)), seed, dtype=torch.int64))
     for value in (torch.tensor(rows.layer), rows.group_G[:, None], rows.row_R[None, :], torch.tensor(draw)):
         mixed = _mix(mixed + value)
     return mixed & (2**63 - 1)

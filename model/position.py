@@ -31,8 +31,10 @@ class RelativePositionBias(nn.Module):
         self.heads: slice = slice(None)  # of those in the table, the heads whose scores are computed here
 
     def own_heads(self) -> Tensor:
-        """The table's rows for the heads here, [H, buckets]."""
-        return self.table[self.heads]
+        """The table's rows for the heads here, [H, buckets]; in float32 at least, as the gradient of a bucket is a sum
+        of thousands of scores' (in bf16 it came out wrong by up to half)."""
+        table = self.table[self.heads]
+        return table if table.dtype == torch.float64 else table.float()
 
     def at(self, distance: Tensor) -> Tensor:
         """Bias at distances to earlier positions (negative ones count as 0): [..., S, K] -> [H, ..., S, K]."""

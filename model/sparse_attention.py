@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.attention import FullLayout, Kernel, SparseConfig
+from configs.attention import FLEX_BLOCK_SIZE, AttentionConfig, FullLayout, Kernel, SparseConfig
 from model import block_kernel
 from model.block_layout import BlockLayout
 from model.flex_kernel import FlexPlan, flex_attend, flex_plan
@@ -20,8 +20,18 @@ from model.patterns import block_layout
 from model.position import RelativePositionBias
 
 GATHERED_BYTES = 128 * 2**20  # of probabilities that one layer may keep for its backward pass before it recomputes them
-FULL = SparseConfig(layout=FullLayout())
 P = TypeVar("P")
+
+
+def layer_blocks(spec: AttentionConfig, layer: int) -> SparseConfig | None:
+    """What a layer looks at, in blocks; None where that is all of the past, documents or not."""
+    if spec.sparse and spec.sparse.is_sparse(layer):
+        return spec.sparse
+    if spec.document_end is None:
+        return None
+    if spec.sparse is None:
+        return SparseConfig(layout=FullLayout(), block_size=128)
+    return spec.sparse.model_copy(update={"layout": FullLayout()})
 
 
 class SparseAttention:
@@ -74,18 +84,26 @@ class SparseAttention:
         return block_kernel.attend(q_BHSN, k_BGSN, v_BGSN, tiles, made, keep=kernel == "gathered")
 
     def kernel(self, q_BHSN: Tensor) -> Kernel:
-        """Which kernel serves such queries."""
+        """Which kernel serves such queries.
+
+        Raises:
+            RuntimeError: `flex` is asked for on a CPU, where it has no backward pass.
+        """
+        if self.spec.kernel == "flex" and not q_BHSN.is_cuda:
+            if torch.is_grad_enabled():
+                raise RuntimeError("model.attention.sparse.kernel=flex trains on a GPU only; this is a CPU: set auto")
+            return "chunked"
         if self.spec.kernel != "auto":
             return self.spec.kernel
         if q_BHSN.is_cuda:
-            return "flex"
+            return "flex" if self.spec.block_size >= FLEX_BLOCK_SIZE else "chunked"
         return "gathered" if self.kept_bytes(q_BHSN) <= GATHERED_BYTES else "chunked"
 
     def _flex_plan(self, q_BHSN: Tensor, start_BS: Tensor | None) -> FlexPlan:
         _, heads, length, _ = q_BHSN.shape
         layout = self.layout(length)
         key = ("flex", heads, q_BHSN.device)
-        return self._kept(key, start_BS, lambda: flex_plan(layout.to(q_BHSN.device), heads, length, start_BS))
+        return self._kept(key, start_BS, lambda: flex_plan(layout.to(q_BHSN.device), heads, start_BS))
 
     def _gather_plan(self, k_BGSN: Tensor, start_BS: Tensor | None) -> block_kernel.Plan:
         batch, groups, length, _ = k_BGSN.shape

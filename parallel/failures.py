@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,9 @@ def _tell(watch: Watch, error: BaseException) -> Ending:
         time.sleep(1.0)  # the first is to be read first
         told = f"rank {watch.rank} ends, as {first.text}"
     if told:
-        print(told, file=sys.stderr, flush=True)
+        # A launcher that was killed takes its pipes with it; the status file is still to be written.
+        with suppress(OSError):
+            print(told, file=sys.stderr, flush=True)
     watch.keep_store_a_moment()
     if first == mine:
         return Ending(mine.cause, mine.text)

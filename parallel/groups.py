@@ -16,7 +16,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from configs.errors import UserError
+from configs.errors import RanksNotMet, UserError
 from parallel.agreement import agree_on
 from parallel.topology import Topology
 
@@ -79,13 +79,13 @@ def _why_not_met(error: RuntimeError, rank: int, world_size: int, place: str, ti
     """A UserError if the ranks could not meet; None for any other failure."""
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         address, _, port = place.rpartition(":")
-        return UserError(
+        return RanksNotMet(
             f"port {port} on {address} is in use",
             "a free port for the ranks to meet on",
             "set MASTER_PORT (deepspeed: --master_port, torchrun: --master-port) to another, or end its owner",
         )
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-        return UserError(
+        return RanksNotMet(
             f"rank {rank} could not meet the others on {place}: {str(error).splitlines()[0]}",
             f"{world_size} ranks there within {timeout_s:.0f} s",
             "see whether every rank was started, and whether the machines reach each other",

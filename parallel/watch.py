@@ -192,6 +192,11 @@ class Watch:
             self._store.set(f"where/{self.rank}", where)
             if self.rank == 0:
                 self._print_where()
+                self._store.set("told", "all")
+            else:  # a rank that ends now would wake others from where they wait, before they have said where that is
+                deadline = time.monotonic() + _COLLECT_S
+                while time.monotonic() < deadline and not self._store.check(["told"]):
+                    time.sleep(0.1)
         except Exception:
             print(f"rank {self.rank} {where}", file=sys.stderr, flush=True)
 

@@ -44,11 +44,8 @@ class AttentionPlan:
         return asdict(self)
 
 
-def plan_attention(config: RunConfig, repeat: int = 1) -> AttentionPlan:
+def plan_attention(config: RunConfig) -> AttentionPlan:
     """
-    Args:
-        repeat: the model's layers taken so many times over, to see how deep one would have to be.
-
     Raises:
         UserError: the configuration's attention is full.
     """
@@ -56,7 +53,7 @@ def plan_attention(config: RunConfig, repeat: int = 1) -> AttentionPlan:
     spec = sparse_of(config)
     sparse = sum(spec.is_sparse(layer) for layer in range(model.num_layers))
     layout = block_layout(spec, 0, range(model.attention.kv_heads), length)
-    seen = connected_shares(spec, model.attention.kv_heads, length, model.num_layers * repeat)
+    seen = connected_shares(spec, model.attention.kv_heads, length, model.num_layers)
     reach = next((number for number, share in enumerate(seen, 1) if share == 1.0), None)
     return AttentionPlan(
         length, spec.block_size, sparse, model.num_layers - sparse, layout.density(), 1 / layout.density(), seen, reach
@@ -92,7 +89,7 @@ def connected_shares(spec: SparseConfig, groups: int, length: int, num_layers: i
 
 
 def looks_at(layout: BlockLayout) -> Tensor:
-    """bool [G or 1, R, R]: the blocks of which each row sees something, summaries of them included."""
+    """bool [G or 1, R, R]: the blocks of which each row sees something: all of them, or a summary."""
     seen_GRR = layout.seen_GRR()
     if layout.has_summaries:
         rows = layout.num_rows

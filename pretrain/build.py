@@ -200,6 +200,7 @@ def materialise(config: RunConfig, topology: Topology, process_groups: groups.Gr
 def look_ahead(config: RunConfig, topology: Topology) -> tuple[UserError | None, tuple[Sampler, HeldOut | None] | None]:
     """All that can be known before ranks meet: what speaks against the run on this machine, or its data."""
     try:
+        refuse_kernel_without_gpu(config)
         opened = open_data(config, topology)
         run_dir = Path(config.run_dir)
         refuse_unwritable(run_dir, "run_dir")
@@ -252,6 +253,16 @@ def refuse_unfit_start(config: RunConfig) -> None:
     with torch.device("meta"):
         names = [name for name, _ in GLaM(config.model).named_parameters()]
     read_for_start(find_checkpoint(Path(config.train.start_from)), config.model, names)
+
+
+def refuse_kernel_without_gpu(config: RunConfig) -> None:
+    sparse = config.model.attention.sparse
+    if sparse and sparse.kernel == "flex" and not torch.cuda.is_available():
+        raise UserError(
+            "model.attention.sparse.kernel=flex, and no GPU is here",
+            "a GPU: FlexAttention has no backward pass elsewhere",
+            "set model.attention.sparse.kernel=auto, which takes flex where it can",
+        )
 
 
 def refuse_unwritable(folder: Path, what: str) -> None:

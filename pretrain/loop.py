@@ -70,6 +70,7 @@ def count_step(run: Run, result: StepResult, verdict: Verdict, seconds: float) -
     """What a step changes in the state, tensors excepted."""
     state = run.state
     state.step += 1
+    run.status.step = state.step  # what is told if it ends here
     state.updates += result.applied
     state.tokens += run.config.train.batch_tokens
     state.seconds += seconds

@@ -20,7 +20,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from configs.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, RankFailed, UserError
 from configs.run import RunConfig
 from pretrain.arguments import train_arguments
-from slurm.environ import LaunchEnv
+from pretrain.status import mark_done, starting_up
+from slurm.environ import LaunchEnv, submitted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,25 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         env = LaunchEnv.read()
         config = RunConfig.load(parsed.config, parsed.overrides)
-        # Imported late: a misspelt key is told in half a second, not after torch and deepspeed have come up.
-        with contextlib.redirect_stdout(sys.stderr):  # where deepspeed's log is to go; it binds to stdout otherwise
-            from pretrain import loop
-            from pretrain.build import build
-            from pretrain.status import mark_done
-
-        with build(config, env) as run:
-            code = loop.train(run)
-            run.status.step = run.state.step
-            if code == EXIT_DONE and env.rank == 0:
-                mark_done(Path(config.run_dir), run.state.step)
-        run.status.write("done" if code == EXIT_DONE else "stopped")
-        return code
+        # Of a command that somebody typed, nothing is on record before it is known to be sound.
+        with starting_up(Path(config.run_dir), env.rank) if submitted() else contextlib.nullcontext():
+            return train(config, env)
     except RankFailed as error:
         return error.exit_code
     except UserError as error:
         if env is None or env.rank == 0:  # every rank meets the same error; one tells it
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+
+
+def train(config: RunConfig, env: LaunchEnv) -> int:
+    # Imported late: a misspelt key is told in half a second, not after torch and deepspeed have come up.
+    with contextlib.redirect_stdout(sys.stderr):  # where deepspeed's log is to go; it binds to stdout otherwise
+        from pretrain import loop
+        from pretrain.build import build
+
+    with build(config, env) as run:
+        code = loop.train(run)
+        run.status.step = run.state.step
+        if code == EXIT_DONE and env.rank == 0:
+            mark_done(Path(config.run_dir), run.state.step)
+    run.status.write("done" if code == EXIT_DONE else "stopped")
+    return code
 
 
 def leave(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ what lies beyond the checkpoint it resumes from, so that no step appears twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.errors import DiskRefused
 from pretrain.goodput import LedgerFile
 from pretrain.metrics_file import drop_after
 
@@ -59,13 +61,24 @@ class Metrics:
         self.advance(step)
 
     def write(self, kind: str, step: int, figures: dict[str, Any]) -> None:
-        """Append one record; numbers also go to TensorBoard as kind/name."""
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **figures}) + "\n")
-        self._file.flush()
-        self._ledger.note(kind, figures)
-        for name, value in figures.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        """Append one record; numbers also go to TensorBoard as kind/name.
+
+        Raises:
+            DiskRefused: the run folder takes no more.
+        """
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **figures}) + "\n")
+            self._file.flush()
+            self._ledger.note(kind, figures)
+            for name, value in figures.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise DiskRefused(
+                f"{self._run_dir / 'metrics.jsonl'} cannot be written: {error.strerror or error}",
+                "a run folder that can be written",
+                "free space, raise the quota or mend the disk; started again, it goes on from the newest checkpoint",
+            ) from error
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
@@ -92,4 +105,5 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*[OSError] if error else []):  # what the block ended for is to be told, not this
+            self.close()

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class RankStatus:
     cause: str | None = None
     detail: str = ""
     time: float = 0.0
+    beat: int = 0  # the file's time, in nanoseconds of whoever's clock: while the rank lives, it changes
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,20 @@ def read_ranks(run_dir: Path, after: int = 0, since: float = 0.0) -> list[RankSt
     """What the ranks of starts later than `after` said, in their order; files of older starts, of other shapes or
     half-written are passed over. A rank that failed before its start had a number counts from the time `since` on."""
     folder = run_dir / RANKS
-    read = [as_status(read_object(folder / name)) for name in _names(folder) if name.endswith(".json")]
+    read = [_read_rank(folder / name) for name in _names(folder) if name.endswith(".json")]
     found = [s for s in read if s and (s.start > after if s.start else s.time >= since)]
     return sorted(found, key=lambda status: status.rank)
+
+
+def _read_rank(path: Path) -> RankStatus | None:
+    """Opened before its time is asked for: network file systems look again then, else they may remember an old one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree, beat = json.loads(file.read()), os.fstat(file.fileno()).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+    status = as_status(tree) if isinstance(tree, dict) else None
+    return replace(status, beat=beat) if status else None
 
 
 def as_status(tree: dict[str, Any]) -> RankStatus | None:
@@ -97,7 +109,9 @@ def as_status(tree: dict[str, Any]) -> RankStatus | None:
     rank, state = tree.get("rank"), tree.get("state")
     if not isinstance(rank, int) or not isinstance(state, str):
         return None
-    number = {key: tree.get(key) if isinstance(tree.get(key), int) else None for key in ("start", "pid", "step")}
+    number: dict[str, Any] = {
+        key: tree.get(key) if isinstance(tree.get(key), int) else None for key in ("start", "pid", "step")
+    }
     cause, when = tree.get("cause"), tree.get("time")
     return RankStatus(
         rank,

@@ -137,9 +137,11 @@ def find_cause(ending: Ending) -> tuple[str, str]:
         return asked, f"asked to stop{left}"
     if stopped and not failed:
         return "stopped", "the ranks were asked to stop, and saved"
-    if killed and ending.code != EXIT_STOPPED:
+    hangs = any(rank.cause == "hang" for rank in failed)  # those that were in each other's way are killed with the step
+    if killed and not hangs and ending.code != EXIT_STOPPED:
         words = [rank for rank in failed if rank.cause] or failed
-        others, first = f"; {_word_of(words[0])}" if words else "", killed[0]
+        # Of several, the one that has been silent longest; the others may have been killed with the step.
+        others, first = f"; {_word_of(words[0])}" if words else "", min(killed, key=lambda rank: rank.beat)
         return "killed", f"{len(killed)} rank(s) ended without a word, rank {first.rank} on {first.host} first{others}"
     if failed:
         first = next((rank for rank in failed if rank.cause), failed[0])  # the others ended for another's sake

@@ -33,9 +33,9 @@ def spec_of(name: str, kernel: str = "auto", block_size: int = BLOCK) -> SparseC
     return SparseConfig.model_validate({"layout": LAYOUTS[name], "kernel": kernel, "block_size": block_size})
 
 
-def random_starts(batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Documents of about 30 tokens: int64 [B, S] position of the first token of each token's."""
-    first = torch.rand(batch, length, generator=generator) < 1 / 30
+def random_starts(batch: int, length: int, generator: torch.Generator, mean: int = 30) -> Tensor:
+    """Documents of so many tokens on average: int64 [B, S] position of the first token of each token's."""
+    first = torch.rand(batch, length, generator=generator) < 1 / mean
     return torch.where(first, torch.arange(length), 0).cummax(1).values
 
 

@@ -17,7 +17,6 @@ from pretrain.status import mark_done
 from slurm import run_folder
 from slurm.run_folder import Decision, RankStatus
 from slurm.verdict import REMEDIES, Ending, JobState, Limits, decide, main
-from slurm.watch import patience
 
 LIMITS = Limits(max_restarts=3, max_without_progress=2)
 PLAIN = Ending(False, False, 1, None, JobState(), (), 100, ())
@@ -253,24 +252,3 @@ def test_records_are_lines_of_json(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
     assert [line["cause"] for line in lines] == ["unknown", "stopped"]
     assert set(lines[0]) == {"time", "job", "code", "cause", "reason", "step", "requeue", "counted"}
-
-
-# ---- the watch ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("ranks", "gone", "seconds"),
-    [
-        ((), False, None),
-        ((RUNNING, RUNNING), False, None),
-        ((DONE, DONE), False, 60),
-        ((STOPPED, FAILED), False, 60),
-        ((FAILED,), False, 60),
-        ((RUNNING, FAILED), False, 60),
-        ((RUNNING, STOPPED), False, 600),  # may still be saving
-        ((DONE,), False, 600),
-        ((RUNNING, RUNNING), True, 60),
-        ((RUNNING,), True, 60),
-    ],
-)
-def test_how_long_srun_may_outlive_its_ranks(ranks: tuple[RankStatus, ...], gone: bool, seconds: float | None) -> None:
-    found = patience(ranks, 2, 60.0, lambda _: gone)
-    assert (found and found[0]) == seconds

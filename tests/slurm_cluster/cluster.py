@@ -31,9 +31,11 @@ def started(folder: Path) -> Iterator[Slurm]:
     read_end, write_end = os.pipe()  # the cluster lives as long as nobody closes the other end
     try:
         done = _script("up.sh", folder, stdin=read_end)
-        if done.returncode == CANNOT_RUN_HERE:
-            raise Unfit(done.stdout.strip())
-        assert done.returncode == 0, done.stdout + done.stderr
+        if done.returncode:
+            told = (done.stdout.strip().splitlines() or ["up.sh says nothing"])[-1]
+            raise Unfit(
+                told if done.returncode == CANNOT_RUN_HERE else f"SLURM does not run here: {told}; {done.stderr}"
+            )
         yield Slurm(folder)
     finally:
         os.close(read_end)
@@ -43,7 +45,7 @@ def started(folder: Path) -> Iterator[Slurm]:
 
 def _script(name: str, *arguments: object, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
     command = [str(HERE / name), *map(str, arguments)]
-    return subprocess.run(command, stdin=stdin, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, stdin=stdin, capture_output=True, text=True, timeout=600, check=False)
 
 
 class Slurm:
@@ -52,7 +54,9 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         clean = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
-        self.environ = clean | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        # Compiled once for all ranks and starts of a run, and beside no source.
+        self.environ = clean | {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(folder / "pycache")}
+        self.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
     @property
     def has_networks(self) -> bool:
@@ -168,7 +172,7 @@ class Slurm:
             self.cancel(*map(int, jobs))
         for node in NODES:
             self.mend_node(node)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while (states := self.node_states()) != dict.fromkeys(NODES, "idle"):
             assert time.monotonic() < deadline, f"{states}\n{self.run('squeue')}"
             time.sleep(0.2)

@@ -12,15 +12,19 @@ from tests.slurm_cluster.tiny_run import TinyRun
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slow: of the tests on a real SLURM, those that `make slurm` adds to the usual ones"
+    )
     config.addinivalue_line("markers", "soak: takes many minutes; run with `make soak`")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "soak" not in config.option.markexpr:
-        soak = [item for item in items if item.get_closest_marker("soak")]
-        items[:] = [item for item in items if item not in soak]
-        config.hook.pytest_deselected(items=soak)
+    left_out = [name for name in ("slow", "soak") if name not in config.option.markexpr]
+    unwanted = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if unwanted:
+        items[:] = [item for item in items if item not in unwanted]
+        config.hook.pytest_deselected(items=unwanted)
     for item in items:
         if item.path.parent == Path(__file__).parent and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))  # several waits of up to PATIENCE_S each

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from slurm.run_folder import read_decisions
 from tests.slurm_cluster.cluster import NODES, Slurm
 from tests.slurm_cluster.tiny_run import GLAM, Submitted, TinyRun
 
+ALL_NODES = (f"--nodes={len(NODES)}", "--exclusive")
+
 
 @pytest.fixture
 def submitted(slurm: Slurm, tiny: TinyRun) -> Submitted:
@@ -24,56 +27,61 @@ def submitted(slurm: Slurm, tiny: TinyRun) -> Submitted:
     return Submitted(slurm, tiny)
 
 
-def test_time_limit(submitted: Submitted) -> None:
-    """SLURM's warning; save, requeue, resume, done."""
-    submitted.submit()
-    submitted.until_step(3)
-    submitted.warn_once()
-    submitted.end_soon()
-    submitted.until_done()
-    asked, done = read_decisions(submitted.run)
-    assert (asked.cause, asked.requeue, asked.counted) == ("time_limit", True, False)
-    assert (done.cause, done.requeue) == ("done", False)
-    submitted.check_whole(starts=2)
-
-
-def test_preemption(submitted: Submitted) -> None:
-    """A job of a higher partition wants all nodes: save within the grace time, wait, resume."""
+def test_time_limit_preemption_done(submitted: Submitted) -> None:
+    """SLURM's warning; a job of a higher partition that wants all nodes: each time save, requeue, resume. On the last
+    stretch SLURM's own process beside the ranks of a node is killed: they live on, and when they have ended srun would
+    wait for ever."""
     submitted.site["partition"] = "low"
     submitted.submit()
     submitted.until_step(3)
-    all_nodes = f"--nodes={len(NODES)}"
-    urgent = submitted.slurm.sbatch("#!/bin/bash\nsleep 1\n", "--partition=high", all_nodes, "--exclusive")
-    submitted.until_log("stopped after step")
+    submitted.warn_once()
+    submitted.until_start(2)
+    submitted.until_step(submitted.tiny.steps()[-1] + 3)
+
+    urgent = submitted.slurm.sbatch("#!/bin/bash\nsleep 1\n", "--partition=high", *ALL_NODES)
+    submitted.until_decision(2)
     submitted.end_soon()
     submitted.slurm.wait(urgent, "COMPLETED")
+
+    submitted.until_starting_up()
+    submitted.slurm.kill_node(submitted.nodes()[1], "slurmstepd")
     submitted.until_done()
-    decision = read_decisions(submitted.run)[0]
-    assert (decision.cause, decision.requeue, decision.counted) == ("preempted", True, False)
-    assert f"stopped after step {decision.step} " in submitted.log()
-    submitted.check_whole(starts=2)
+    assert "srun has not returned" in submitted.log_of_start()
+
+    limit, preempted, done = read_decisions(submitted.run)
+    assert (limit.cause, limit.requeue, limit.counted) == ("time_limit", True, False)
+    assert (preempted.cause, preempted.requeue, preempted.counted) == ("preempted", True, False)
+    assert (done.cause, done.requeue) == ("done", False)
+    for stop in (limit, preempted):  # saved where it stopped
+        assert f"stopped after step {stop.step} " in submitted.log()
+    submitted.check_whole(starts=3)
 
 
-def test_node_death(submitted: Submitted) -> None:
-    """A node loses its power, for good: the run goes on on others."""
+def test_nodes_that_die(submitted: Submitted) -> None:
+    """One before the ranks have met, and in such a way that neither SLURM nor the ranks notice: its slurmstepd and its
+    ranks are gone, the node is not. A second one loses its power, for good: the run goes on on others."""
+    submitted.site["ranks_per_node"] = 1  # enough, and quicker
     submitted.submit()
+    submitted.until_starting_up()
+    silent = submitted.nodes()[1]
+    submitted.slurm.kill_node(silent, "slurmstepd")
+    submitted.slurm.kill_node(silent, "tasks")
+    began = time.monotonic()
+    submitted.until_decision(1)
+    assert time.monotonic() - began < 120  # half a minute of silence, the waits of the end; and a busy machine
+    apart = submitted.slurm.has_networks  # else all is one host, whose processes the watch sees
+    assert (f"on {silent}, is silent for" if apart else ", is gone without a word") in submitted.log()
+
     submitted.until_step(12)
     died = submitted.nodes()[1]
     submitted.slurm.kill_node(died)
     submitted.end_soon()
     submitted.until_done()
     assert died not in submitted.nodes()
+    first, *_, done = read_decisions(submitted.run)  # the second may be SLURM's own, without a word of the script
+    assert (first.cause, first.requeue, first.counted, done.cause) == ("killed", True, True, "done")
+    assert not apart or f" on {silent} first" in first.reason
     submitted.check_whole(starts=2)
-
-
-def test_slurmstepd_death(submitted: Submitted) -> None:
-    """SLURM's own process beside the ranks of a node. They live on; when they have ended srun would wait for ever."""
-    submitted.submit("train.steps=120")
-    submitted.until_step(12)
-    submitted.slurm.kill_node(submitted.nodes()[1], "slurmstepd")
-    submitted.until_done()
-    assert "srun has not returned" in submitted.log()
-    submitted.check_whole(starts=1)
 
 
 def test_crash_loop_ends(submitted: Submitted, tmp_path: Path) -> None:
@@ -90,6 +98,7 @@ def test_crash_loop_ends(submitted: Submitted, tmp_path: Path) -> None:
     assert "max_without_progress" in decisions[-1].reason
 
 
+@pytest.mark.slow
 def test_cancelled(submitted: Submitted) -> None:
     """scancel: saved within SLURM's KillWait, and it does not come back. `glam submit` goes on."""
     job = submitted.submit()

@@ -30,6 +30,7 @@ def test_ranks_started_from_a_login_node_meet(slurm: Slurm) -> None:
     assert said == [slurm.address(NODES[0])] * 4
 
 
+@pytest.mark.slow
 def test_warned_saved_resumed_done(slurm: Slurm, tiny: TinyRun) -> None:
     """SLURM's warning before a time limit: all ranks save at one step and leave; the next start goes on from there."""
     job = slurm.job(*tiny.command("train.steps=100000"), options=["--signal=USR1@60", "--no-requeue"])
@@ -46,6 +47,7 @@ def test_warned_saved_resumed_done(slurm: Slurm, tiny: TinyRun) -> None:
     tiny.check_whole(stopped_at + 5)
 
 
+@pytest.mark.slow
 def test_prep_by_mpi_ranks_of_two_nodes(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     """The bytes are those of one process."""
     # The wheel's other network module garbles about every fourth start under pmi2 here (docs/data.md).
@@ -55,6 +57,7 @@ def test_prep_by_mpi_ranks_of_two_nodes(slurm: Slurm, corpus: Path, tmp_path: Pa
     assert tree_hashes(tmp_path / "out") == tree_hashes(corpus)
 
 
+@pytest.mark.slow
 def test_parity_on_ranks_of_two_nodes(slurm: Slurm, tiny: TinyRun) -> None:
     job = slurm.job(*GLAM, "parity", tiny.config, "--layout", "tp=2,ep=2,dp=2", "--steps", 2, "--json")
     assert slurm.wait(job) == "COMPLETED", slurm.log(job)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slurm.run_folder import read_decisions
+from slurm.run_folder import read_decisions, read_ranks
 from tests.data_prep.mixed import tree_hashes
 from tests.slurm_cluster.cluster import NODES, Slurm
 from tests.slurm_cluster.tiny_run import GLAM, Submitted, TinyRun
@@ -40,6 +40,7 @@ def test_refused_before_anything_is_queued(slurm: Slurm, tiny: TinyRun, tmp_path
     assert slurm.run("squeue", "-h") == ""
 
 
+@pytest.mark.slow
 def test_stopped_while_it_trains(submitted: Submitted) -> None:
     slurm, run = submitted.slurm, submitted.run
     job = submitted.submit()
@@ -57,6 +58,7 @@ def test_stopped_while_it_trains(submitted: Submitted) -> None:
     assert found["jobs"] == [] and found["stop"] and found["ranks"] == {"stopped": 4} and found["last_failure"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_under_the_launchers(submitted: Submitted, launcher: str) -> None:
     """Warned, saved, queued again, done: USR1 ends neither launcher."""
@@ -70,6 +72,27 @@ def test_under_the_launchers(submitted: Submitted, launcher: str) -> None:
     submitted.check_whole(starts=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
+def test_a_launcher_is_killed(submitted: Submitted, launcher: str) -> None:
+    """Of all ranks, or of those on the node of rank 0. The ranks themselves are unharmed."""
+    submitted.site["launcher"] = launcher
+    submitted.submit()
+    submitted.until_step(12)
+    rank_0 = read_ranks(submitted.run)[0].pid
+    pattern = "^srun .*job.sbatch task"
+    launchers = submitted.slurm.run(
+        *(("pgrep", "-f", pattern) if launcher == "srun" else ("ps", "-o", "ppid=", rank_0))
+    )
+    submitted.slurm.run("kill", "-KILL", *launchers.split())
+    submitted.until_decision(1)
+    assert read_decisions(submitted.run)[0].requeue, submitted.log()
+    submitted.end_soon()
+    submitted.until_done()
+    submitted.check_whole(starts=2)
+
+
+@pytest.mark.slow
 def test_a_corpus(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     """MPI ranks over two nodes; the bytes are those of one process."""
     given = ("--prep", "--nodes", "2", "--cluster", cluster_file(tmp_path), f"output={tmp_path}/out")

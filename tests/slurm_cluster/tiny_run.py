@@ -12,6 +12,7 @@ import yaml
 
 from pretrain.checkpoint_folders import complete_checkpoints
 from pretrain.metrics_file import read_metrics
+from slurm.run_folder import read_decisions, read_ranks
 from tests.slurm_cluster.cluster import Slurm
 
 MAIN = (sys.executable, "pretrain/main.py")
@@ -132,6 +133,19 @@ class Submitted:
     def until_step(self, step: int) -> None:
         reached = lambda: max(self.tiny.steps(), default=0) >= step  # noqa: E731
         self.slurm.until(self.job, reached, f"to reach step {step}")
+
+    def until_start(self, number: int) -> None:
+        """Until the run was started so many times."""
+        self.slurm.until(self.job, lambda: self.tiny.starts() >= number, f"to start for the {number}th time")
+
+    def until_starting_up(self) -> None:
+        """Until all ranks are on record; it takes seconds more until they meet, and have a start's number."""
+        ranks = 2 * int(self.site.get("ranks_per_node", 2))
+        self.slurm.until(self.job, lambda: [r.start for r in read_ranks(self.run)] == [0] * ranks, "to start up")
+
+    def until_decision(self, number: int) -> None:
+        """Until the end of so many starts was judged."""
+        self.slurm.until(self.job, lambda: len(read_decisions(self.run)) >= number, f"to end for the {number}th time")
 
     def until_log(self, words: str) -> None:
         self.slurm.until(self.job, lambda: words in self.log(), f"to say {words!r}")

@@ -68,7 +68,7 @@ printf '#!/bin/bash\nexport SLURM_CONF=%q PATH=$PATH:/usr/sbin\nexec %s "$@"\n' 
   broken "munged did not start"
 ./exec slurmctld -c </dev/null >log/slurmctld.out 2>&1 || broken "slurmctld did not start"
 for node in "${nodes[@]}"; do "$here/mend.sh" "$root" "$node"; done
-for _ in $(seq 150); do
+for _ in $(seq 450); do
   up=$(timeout 5 ./exec sinfo -h -N -p batch -t idle -o %N 2>/dev/null | wc -l) || true
   [ "$up" = ${#nodes[@]} ] && exit 0
   sleep 0.2
