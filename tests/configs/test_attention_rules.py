@@ -32,7 +32,7 @@ def test_layouts_that_do_not_fit_are_refused(sparse: str, said: str) -> None:
 
 def test_summaries_must_lie_beyond_the_relative_bias() -> None:
     etc = "model.attention.sparse={block_size: 16, layout: {kind: etc, segment_tokens: 32}}"
-    with pytest.raises(UserError, match="33 tokens on.*max_distance=128"):
+    with pytest.raises(UserError, match=r"33 tokens on.*max_distance=128"):
         tiny_config(etc, *LENGTH)
     near = "model.attention.position={kind: relative_bias, num_buckets: 8, max_distance: 33}"
     tiny_config(etc, near, *LENGTH)
