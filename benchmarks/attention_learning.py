@@ -51,7 +51,7 @@ VARIANTS = {
     ),
 }
 # size -> steps, tokens a sequence, sequences a step, held-out sequences, layers, width
-SIZES = {"full": (400, 4096, 2, 64, 4, 256), "quick": (12, 2048, 1, 4, 2, 64), "smoke": (3, 512, 1, 2, 2, 32)}
+SIZES = {"full": (240, 4096, 1, 64, 4, 256), "quick": (12, 2048, 1, 4, 2, 64), "smoke": (3, 512, 1, 2, 2, 32)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "attention_learning", (__doc__ or "").split("\n\n")[0], f"python -m {MODULE} --seeds 0 1"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, help="updates of each run (default: 400)")
-    parser.add_argument("--sequences", type=int, help="sequences of a step (default: 2)")
+    parser.add_argument("--steps", type=int, help="updates of each run (default: 240)")
+    parser.add_argument("--sequences", type=int, help="sequences of a step (default: 1)")
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=[FULL, "bigbird"], help="(default: full bigbird)"
     )
