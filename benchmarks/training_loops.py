@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from configs.run import RunConfig
-from model.glam import GLaM
 from parallel.engine import Engine, MicroBatch
 from parallel.groups import Groups
 from parallel.topology import Topology
@@ -91,7 +90,7 @@ class BareLoop:
         for block in self._model.moe_blocks().values():
             block.totals.take()
         for token_BS, label_BS in next(self._batches):
-            hidden_BSD = _hidden(self._model, token_BS.to(self._device))
+            hidden_BSD = self._model.hidden(token_BS.to(self._device))
             loss = self._model.loss(hidden_BSD, label_BS.to(self._device))
             (loss / self._num_micro_batches).backward()
         if self._masters:
@@ -113,13 +112,6 @@ def _batches(config: RunConfig) -> Iterator[list[MicroBatch]]:
         drawn = torch.rand(shape, generator=generator).pow(3) * config.model.vocab_size
         parts = drawn.long().clamp_(max=config.model.vocab_size - 1).split(config.train.micro_batch_sequences)
         yield [(part[:, :-1], part[:, 1:]) for part in parts]
-
-
-def _hidden(model: GLaM, token_BS: Tensor) -> Tensor:
-    x: Tensor = token_BS
-    for layer in model.layers():
-        x = layer(x)
-    return x
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -28,7 +28,7 @@ class HeadExchange(Protocol):
     def leave(self, y_BHSN: Tensor) -> Tensor: ...
 
 
-class WholeSequences:
+class NoExchange:
     """Sequences are not split."""
 
     def enter(self, q_BHsN: Tensor, k_BGsN: Tensor, v_BGsN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         )
         blocks = layer_blocks(spec, layer)
         self.blocks = None if blocks is None else SparseAttention(blocks, layer, spec.kv_heads)
-        self.exchange: HeadExchange = WholeSequences()
+        self.exchange: HeadExchange = NoExchange()
 
     def new_cache(self, length: int) -> KeyValueCache:
         """A cache for sequences of up to `length` positions."""

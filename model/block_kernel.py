@@ -133,8 +133,8 @@ class _BlockAttention(Function):
         work = _Work(made, q_BHSN, k_BGSN, v_BGSN, tiles)
         y, kept = torch.empty_like(work.q), []
         for at, chunk in work.chunks():
-            p, value = work.probabilities(at, chunk), work.gather(work.v, at, chunk)
-            y[at][chunk.row_C] = torch.bmm(p, value)
+            p = work.probabilities(at, chunk, work.queries(at, chunk), work.gather(work.k, at, chunk))
+            y[at][chunk.row_C] = torch.bmm(p, work.gather(work.v, at, chunk))
             if keep and any(ctx.needs_input_grad):
                 kept.append(p)
         ctx.made = made
@@ -151,7 +151,7 @@ class _BlockAttention(Function):
         for number, (at, chunk) in enumerate(work.chunks()):
             key, value = work.gather(work.k, at, chunk), work.gather(work.v, at, chunk)
             query = work.queries(at, chunk)
-            p = kept[number] if kept else work.probabilities(at, chunk, key, query)
+            p = kept[number] if kept else work.probabilities(at, chunk, query, key)
             sums.add(at, chunk, (query, key, value), p, grad[at].index_select(0, chunk.row_C))
         return *sums.whole(), None, None
 
@@ -213,13 +213,9 @@ class _Work:
         found = blocks[at].index_select(0, chunk.block_CK.clamp(min=0).flatten())
         return found.view(count, width * self.plan.block_size, self.width)
 
-    def probabilities(
-        self, at: tuple[int, int], chunk: Chunk, key: Tensor | None = None, query: Tensor | None = None
-    ) -> Tensor:
+    def probabilities(self, at: tuple[int, int], chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
         """[C, g*b, K*b]."""
-        key = self.gather(self.k, at, chunk) if key is None else key
-        b = self.plan.block_size
-        score = torch.bmm(self.queries(at, chunk) if query is None else query, key.mT)
+        b, score = self.plan.block_size, torch.bmm(query, key.mT)
         by_head = score.unflatten(1, (self.share, b))
         if chunk.start_Cb is None:
             by_head[..., -b:] += self.causal

@@ -81,6 +81,14 @@ class GLaM(nn.Module):
             x_BSD = block(x_BSD, state.layers[number] if state else None)
         return F.linear(self.norm(x_BSD), self.output_weight)
 
+    def hidden(self, token_BS: Tensor) -> Tensor:
+        """Final hidden states [B, S, D] of whole sequences, by the chain that `loss` ends."""
+        self.expect([token_BS])
+        x = token_BS
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
     def decoding_state(self, length: int) -> DecodingState:
         """The beginning of a sequence of up to `length` tokens."""
         layers = [block.attention.new_cache(length) for block in self.blocks if isinstance(block, Block)]

@@ -127,13 +127,11 @@ def _past_random(spec: BigBirdLayout, rows: _Rows, local_R: Tensor) -> Tensor:
     count_R = (local_R - spec.sinks).clamp(min=0)
     drawn: list[Tensor] = []
     for draw in range(spec.random):
-        # The draw-th of min(random, count) draws takes one of the first `top + 1`; where that is taken, `top` itself.
+        # One of the first `top + 1`; where that is taken, `top` itself. (Below 0 all are taken anyway, see below.)
         top = count_R - spec.random + draw
-        enough = top >= 0
         chosen = _hash(spec.seed, rows, draw) % (top.clamp(min=0) + 1)
         taken = torch.stack([chosen == before for before in drawn]).any(0) if drawn else torch.zeros_like(chosen).bool()
-        chosen = torch.where(taken, top, chosen)
-        drawn.append(torch.where(enough, chosen, NONE).expand(len(rows.group_G), -1))
+        drawn.append(torch.where(taken, top, chosen))
     if not drawn:
         return local_R.new_empty(1, len(local_R), 0)
     found = torch.stack(drawn, dim=2)

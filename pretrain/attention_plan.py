@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEADS_SHOWN = 3
-LONGEST_REACH = 1024  # layers looked ahead at most
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,9 @@ def sparse_of(config: RunConfig) -> SparseConfig:
 def connected_shares(spec: SparseConfig, groups: int, length: int, num_layers: int) -> tuple[float, ...]:
     """Share of pairs (block, earlier block) between which something can pass within 1, 2 ... layers, by way of any
     head; ends with the first 1.0."""
-    shares: list[float] = []
+    shares, rows = list[float](), -(-length // spec.block_size)
     reached_RR: Tensor | None = None
-    for layer in range(min(num_layers, LONGEST_REACH)):
-        rows = -(-length // spec.block_size)
+    for layer in range(num_layers):
         step_RR = torch.ones(rows, rows).tril()
         if spec.is_sparse(layer):
             step_RR = looks_at(block_layout(spec, layer, range(groups), length)).any(0).float()

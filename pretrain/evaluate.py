@@ -47,10 +47,7 @@ def evaluate_alone(model: GLaM, heldout: HeldOut, text_bytes: int | None, micro_
     device = model.embed.weight.device
     total_4, count_4 = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for tokens, labels in cut_batch(heldout.read(), micro_batch):
-        hidden = torch.from_numpy(tokens).to(device)
-        model.expect([hidden])
-        for layer in model.layers():
-            hidden = layer(hidden)
+        hidden = model.hidden(torch.from_numpy(tokens).to(device))
         label_BS = torch.from_numpy(labels).to(device)
         for quarter, (part, label) in enumerate(zip(hidden.tensor_split(4, dim=1), label_BS.tensor_split(4, dim=1))):
             if label.numel():

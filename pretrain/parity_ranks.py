@@ -92,7 +92,7 @@ def oracle(config: RunConfig, steps: int, device: str = "cpu") -> Figures:
     for step in range(steps):
         windows = token_windows(config, step).to(device)
         model.cross_entropies.clear()
-        hidden = _hidden(model, windows[:, :-1])
+        hidden = model.hidden(windows[:, :-1])
         optimizer.zero_grad()
         model.loss(hidden, windows[:, 1:]).backward()  # type: ignore[no-untyped-call]
         if step == 0:
@@ -106,18 +106,10 @@ def oracle(config: RunConfig, steps: int, device: str = "cpu") -> Figures:
     with torch.no_grad():
         windows = token_windows(config, steps).to(device)
         model.eval()
-        hidden = _hidden(model, windows[:, :-1])
+        hidden = model.hidden(windows[:, :-1])
         label = windows[:, 1:].flatten()
         found.heldout = float(language_model_loss(hidden.flatten(0, 1), model.output_weight, label)[1])
     return found
-
-
-def _hidden(model: GLaM, token_BS: Tensor) -> Tensor:
-    model.expect([token_BS])
-    hidden = token_BS
-    for layer in model.layers():
-        hidden = layer(hidden)
-    return hidden
 
 
 # ---- one rank of a layout -------------------------------------------------------------------------------------------
